@@ -1,0 +1,1 @@
+"""Preference data: files -> pairs (`formats`, `readers`) -> token batches (`tokenize`) -> loaders (`datamodule`)."""

@@ -1,0 +1,120 @@
+"""Files of rows -> preference pairs: JSON lines (plain or gzip) and Parquet, with the row number in every message."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from rsa_lightning.data.formats import FORMATS, FormatError, PreferencePair, Row, RowDefect, known
+
+JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+PARQUET = (".parquet",)
+
+
+class PairFile(NamedTuple):
+    """What was read from one file: the usable pairs, the number of rows, and the ids of the skipped rows by reason."""
+
+    pairs: list[PreferencePair]
+    rows: int
+    skipped: dict[str, list[str]]
+
+
+def read_pairs(path: str | Path, format: str = "trl", *, limit: int | None = None) -> PairFile:
+    """Read the file at `path` as rows of `format`, a name in `FORMATS`; at most the first `limit` rows.
+
+    Raises:
+        FormatError: the file is missing, damaged or empty, or a row is not of this format.
+    """
+    if format not in FORMATS:
+        raise FormatError(f"unknown format {format!r}; known: {known()}")
+    path, to_pair = Path(path), FORMATS[format]
+    pairs: list[PreferencePair] = []
+    skipped: dict[str, list[str]] = {}
+    rows = 0
+    for row_number, row in islice(read_rows(path), limit):
+        rows += 1
+        row_id = f"{path.name}:{row_number}"
+        try:
+            pairs.append(dataclasses.replace(to_pair(row), row_id=row_id))
+        except RowDefect as defect:
+            skipped.setdefault(defect.reason, []).append(row_id)
+        except FormatError as error:
+            raise FormatError(f"{path}, row {row_number}: {error}") from None
+    if rows == 0:
+        raise FormatError(f"{path} has no rows: give a file with at least one")
+    return PairFile(pairs, rows, skipped)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (row number, row), counted from 1: the line of a JSON lines file, the row of a Parquet file."""
+    check_file(path)
+    if path.name.endswith(PARQUET):
+        yield from parquet_rows(path)
+    else:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            yield from json_rows(path, file)
+
+
+def check_file(path: Path) -> None:
+    """Raise FormatError unless `path` is a file with a suffix we read."""
+    if path.is_dir():
+        raise FormatError(f"{path} is a folder: name the file in it")
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist: check the path (relative paths start at {Path.cwd()})")
+    if not path.name.endswith(JSON_LINES + PARQUET):
+        raise FormatError(f"{path}: unknown suffix; readable are {', '.join(JSON_LINES + PARQUET)}")
+
+
+def json_rows(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
+    """The rows of an open JSON lines file. Blank lines are passed over but counted, as an editor counts them."""
+    for line_number, line in lines(path, file):
+        where = f"{path}, row {line_number}"
+        try:
+            # utf-8-sig: editors on Windows put a byte order mark first
+            row = json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{where}: byte {error.start} is not UTF-8: convert the file to UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{where} is not valid JSON ({error}): write one object on each line") from None
+        if not isinstance(row, dict):
+            found = type(row).__name__
+            raise FormatError(f"{where} is a JSON {found}, not an object: write one object with named columns a line")
+        yield line_number, row
+
+
+def lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Non-blank lines with their numbers. Read as bytes: text mode would also break lines at U+2028 inside a value."""
+    number = 0
+    try:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+    except EOFError:
+        raise FormatError(f"{path} is cut off after row {number}: its gzip stream has no end. Copy it again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise FormatError(f"{path} is damaged after row {number} ({error}): copy it again, or rename it "
+                          "if it is not gzip") from None  # fmt: skip
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """The rows of a Parquet file, streamed: nothing is copied into a cache."""
+    import datasets  # seconds to import, and needed for this suffix only
+    import pyarrow
+
+    try:
+        stream = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from enumerate(stream, start=1)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FormatError(f"{path} cannot be read as Parquet ({reason}): copy or write it again") from None
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal. Two runs with the same fingerprint read the same data."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

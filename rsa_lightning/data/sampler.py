@@ -1,0 +1,87 @@
+"""Which pairs form a batch: a pure function of seed, epoch, step, rank and world size. No global state is read."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+def first_position() -> tuple[int, int]:
+    """The start of training: epoch 0, step 0."""
+    return 0, 0
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n pairs in an epoch, the same on every rank."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + 100_003 * epoch)).tolist()
+
+
+class PairBatches(Sampler[list[int]]):
+    """The training batches of one rank.
+
+        batch(epoch, step, rank) = order[(step · world_size + rank) · batch_size :][:batch_size]
+
+    with `order` the permutation of (seed, epoch). So the pairs of an optimizer step depend on the product
+    batch_size · world_size · accumulate only: one process, two ranks and accumulation see the same global batches.
+    The last pairs of an epoch that fill no whole global batch wait for the next epoch's order: every rank runs equally
+    many batches, and no optimizer step is made of fewer pairs than the others.
+
+    `position` is read when iteration starts, and returns (epoch, batches already taken in it). A resumed run hands in
+    the trainer's progress; Lightning tells the epoch to samplers it knows, never to a custom batch sampler.
+
+    `steps_limit` ends an epoch early. It must be known here, or a checkpoint taken at that end would resume behind it.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        position: Callable[[], tuple[int, int]] = first_position,
+        steps_limit: int | None = None,
+    ):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.position = position
+        whole = n // (batch_size * world_size * accumulate) * accumulate
+        self.steps = whole if steps_limit is None else min(whole, steps_limit)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # read now, not at the first batch: a generator's body would run after Lightning has moved on
+        epoch, start = self.position()
+        if start >= self.steps:  # the checkpoint was taken on the last batch of an epoch
+            epoch, start = epoch + 1, 0
+        order = epoch_order(self.n, self.seed, epoch)
+        return (self.batch(order, step) for step in range(start, self.steps))
+
+    def batch(self, order: list[int], step: int) -> list[int]:
+        """The indices of this rank's batch at `step`."""
+        low = (step * self.world_size + self.rank) * self.batch_size
+        return order[low : low + self.batch_size]
+
+
+def even_batches(n: int, batch_size: int, *, rank: int = 0, world_size: int = 1, smallest: int = 1) -> list[list[int]]:
+    """The evaluation batches of one rank: every pair once over all ranks, in order, and equally many batches per rank.
+
+    Ranks that run different numbers of batches hang a sharded model, and padding with repeated pairs biases means. So
+    the n pairs are dealt into world_size · K batches whose sizes differ by at most one, none of them empty; metrics
+    weigh a batch by its pairs. K is n / (world_size · batch_size) rounded up, and smaller only where batches would hold
+    fewer than `smallest` pairs; then some are larger than `batch_size`.
+
+    Raises:
+        ValueError: n is too small to give every rank a batch.
+    """
+    needed = world_size * smallest
+    if n < needed:
+        raise ValueError(f"{n} pairs do not give each of {world_size} ranks a batch of {smallest}: use {needed} or more")
+    per_rank = min(-(-n // (world_size * batch_size)), n // needed)
+    total = per_rank * world_size
+    bounds = [n * i // total for i in range(total + 1)]
+    return [list(range(bounds[i], bounds[i + 1])) for i in range(rank, total, world_size)]

@@ -1,0 +1,80 @@
+"""Shared fixtures: fixed seeds, one thread, a tokenizer and a Llama small enough to be built in every test run."""
+
+import os
+
+# before torch starts its pools: two OpenMP threads on a busy core are ten times slower than one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rsa_lightning.data.tokenize import train_tokenizer
+
+torch.set_num_threads(1)
+
+SENTENCES = [
+    "Human: How do I keep bread fresh?",
+    "Assistant: Wrap it in a cloth and store it in a cool, dry place.",
+    "ASSISTANT: I cannot help with that, but I can tell you whom to ask.",
+    "The fox asked the old owl whether the river was safe to cross.",
+    "No answer is better than a dangerous one, said the owl, and went back to sleep.",
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state."""
+    random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floating-point memory from torch.empty and empty_like is NaN, so an element nobody wrote shows up in results."""
+
+    def filled(allocate):
+        def call(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with about 300 tokens and distinct BOS, EOS and PAD."""
+    return train_tokenizer(SENTENCES * 4, vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A Hugging Face folder: 2-layer Llama of width 32 with random weights, and `tiny_tokenizer`."""
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        # the default of 0.02 gives nearly uniform predictions; larger weights make differences visible
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).eval().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
