@@ -50,7 +50,7 @@ class RowDefect(Exception):
 
 
 def trl(row: Row) -> PreferencePair:
-    """TRL's plain preference rows: `prompt`, `chosen`, `rejected`; `target` and `offset` if given; the rest is ignored."""
+    """TRL's plain preference rows: `prompt`, `chosen`, `rejected`; also `target` and `offset`; the rest is ignored."""
     if "prompt" not in row and str(row.get("chosen", "")).startswith(HUMAN):
         raise FormatError("no column 'prompt', and 'chosen' is a Human/Assistant transcript: set format: hh")
     pair = PreferencePair(

@@ -29,7 +29,8 @@ class PairBatches(Sampler[list[int]]):
     `position` is read when iteration starts, and returns (epoch, batches already taken in it). A resumed run hands in
     the trainer's progress; Lightning tells the epoch to samplers it knows, never to a custom batch sampler.
 
-    `steps_limit` ends an epoch early. It must be known here, or a checkpoint taken at that end would resume behind it.
+    `limit` is the Trainer's `limit_train_batches`, a number of batches (int) or a fraction of them (float). It must be
+    known here: a checkpoint taken where it ends an epoch would otherwise resume behind that end.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class PairBatches(Sampler[list[int]]):
         world_size: int = 1,
         accumulate: int = 1,
         position: Callable[[], tuple[int, int]] = first_position,
-        steps_limit: int | None = None,
+        limit: int | float = 1.0,
     ):
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.position = position
-        whole = n // (batch_size * world_size * accumulate) * accumulate
-        self.steps = whole if steps_limit is None else min(whole, steps_limit)
+        self.steps = n // (batch_size * world_size * accumulate) * accumulate
+        self.end = int(self.steps * limit) if isinstance(limit, float) else min(self.steps, limit)
 
     def __len__(self) -> int:
         return self.steps
@@ -56,7 +57,7 @@ class PairBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # read now, not at the first batch: a generator's body would run after Lightning has moved on
         epoch, start = self.position()
-        if start >= self.steps:  # the checkpoint was taken on the last batch of an epoch
+        if start >= self.end:  # the checkpoint was taken on the last batch of an epoch
             epoch, start = epoch + 1, 0
         order = epoch_order(self.n, self.seed, epoch)
         return (self.batch(order, step) for step in range(start, self.steps))
@@ -80,7 +81,9 @@ def even_batches(n: int, batch_size: int, *, rank: int = 0, world_size: int = 1,
     """
     needed = world_size * smallest
     if n < needed:
-        raise ValueError(f"{n} pairs do not give each of {world_size} ranks a batch of {smallest}: use {needed} or more")
+        raise ValueError(
+            f"{n} pairs are too few for {world_size} ranks with batches of {smallest}: use at least {needed}"
+        )
     per_rank = min(-(-n // (world_size * batch_size)), n // needed)
     total = per_rank * world_size
     bounds = [n * i // total for i in range(total + 1)]

@@ -76,7 +76,7 @@ class Lengths:
 
     Attributes:
         max_length: prompt and response together.
-        max_prompt_length: the prompt with its BOS. The rest of `max_length` is the response's, even after a long prompt.
+        max_prompt_length: the prompt with its BOS. The rest of `max_length` is for the response.
         eos_when_truncated: whether a response that was cut still ends in EOS.
     """
 
@@ -104,8 +104,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
 
     special = [BOS, EOS, PAD]
     if vocab_size < 256 + len(special):
-        smallest = 256 + len(special)
-        raise ValueError(f"a tokenizer's vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
+        raise ValueError(
+            f"a tokenizer's vocab_size must hold 256 bytes and {len(special)} special tokens, got {vocab_size}"
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
