@@ -1,0 +1,282 @@
+"""The report's figures, as PNG files. matplotlib is optional and imported here only, inside the calls."""
+
+import csv
+import functools
+import importlib.util
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsa_lightning.evaluation import tail
+
+# Okabe & Ito (2008): told apart with every common form of colour blindness; without its yellow, too pale for lines
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "figure.dpi": 150,
+}
+TAIL_SHARE = 0.1
+LOG_RATIO = 20.0  # a tail that spans more than this is drawn on a logarithmic axis
+
+
+class MatplotlibMissing(ImportError):
+    """Figures were asked for and matplotlib is not installed."""
+
+
+class Panel(NamedTuple):
+    title: str
+    unit: str
+    curves: tuple[tuple[str, str], ...]  # (column of metrics.csv without "train/" or "val/", label)
+
+
+PANELS = (
+    Panel("Loss", "nats per pair or token", (("loss", "loss"),)),
+    Panel("Reward margin", "chosen − rejected", (("rewards/margins", "margin"),)),
+    Panel("Reward accuracy", "share of pairs", (("rewards/accuracies", "accuracy"),)),
+    Panel("KL from the reference", "nats per response", (("kl/chosen", "chosen"), ("kl/rejected", "rejected"))),
+    Panel("Sequential risk", "nats per response", (("risk/chosen", "chosen"), ("risk/rejected", "rejected"))),
+)
+
+
+def require_matplotlib() -> None:
+    """Raises MatplotlibMissing, with the mend, before anything is written."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MatplotlibMissing(
+            "figures need matplotlib: pip install 'rsa_lightning[report]', or ask for a report without figures"
+        )
+
+
+def styled(draw: Callable[..., Path | None]) -> Callable[..., Path | None]:
+    """Draw under STYLE: axes read the settings when they are made."""
+
+    @functools.wraps(draw)
+    def draw_styled(*args: Any) -> Path | None:
+        require_matplotlib()
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*args)
+
+    return draw_styled
+
+
+def draw_all(
+    folder: Path, found: Mapping[str, Any], metrics: Mapping[str, Path], costs: Mapping[str, Tensor]
+) -> list[tuple[str, str]]:
+    """Draw what there are data for; (file name, caption) of each figure written."""
+    drawn = (
+        (
+            reward_cost(found["models"], folder / "reward_cost.png"),
+            "Mean reward against cost, models in step order; bars are 95 % intervals. Up and to the left is better.",
+        ),
+        (
+            cost_quantiles(costs, folder / "cost_quantiles.png"),
+            "Quantiles of the cost of sampled answers, and the same curves over the worst tenth.",
+        ),
+        (
+            training_curves(metrics, folder / "training_curves.png"),
+            "Training curves: light lines are training batches, dark lines their running mean, dots validation.",
+        ),
+    )
+    return [(path.name, caption) for path, caption in drawn if path is not None]
+
+
+@styled
+def reward_cost(models: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """Mean reward against mean cost, and against the mean cost of the worst 5 %, joined by arrows in step order."""
+    known = [model for model in models if model["reward_mean"] is not None and model["cost_mean"] is not None]
+    if not known:
+        return None
+    figure = _figure(10.5, 4.6)
+    axes = figure.subplots(1, 2, sharey=True)
+    sides = (
+        ("Average", "mean cost per answer", _mean_cost),
+        ("In the tail", "mean cost of the worst 5 % of answers", _tail_cost),
+    )
+    for ax, (title, label, cost_of) in zip(axes, sides, strict=True):
+        points = []
+        for i, model in enumerate(known):
+            (x, x_interval), (y, y_interval) = cost_of(model), (model["reward_mean"], model["ci95"]["reward_mean"])
+            points.append((x, y))
+            ax.errorbar(
+                x, y, xerr=_bars(x, x_interval), yerr=_bars(y, y_interval), **_look(i), markersize=9, capsize=3,
+                markeredgecolor="white", linestyle="none", label=f"{i + 1}. {model['name']}", zorder=3,
+            )  # fmt: skip
+        for start, end in itertools.pairwise(points):
+            arrow = {
+                "arrowstyle": "-|>",
+                "color": "#777777",
+                "shrinkA": 7,
+                "shrinkB": 7,
+                "linewidth": 1.2,
+                "mutation_scale": 13,
+            }
+            ax.annotate("", end, start, arrowprops=arrow, zorder=2)
+        ax.set(title=title, xlabel=label)
+        ax.margins(0.12)
+    axes[0].set_ylabel("mean reward per answer")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(known), 5))
+    return _save(figure, path)
+
+
+@styled
+def cost_quantiles(costs: Mapping[str, Tensor], path: Path) -> Path | None:
+    """Cost at every quantile; on the right the worst tenth against the share of answers that cost more, rarest last."""
+    if not costs:
+        return None
+    figure = _figure(10.5, 4.6)
+    whole, worst = figure.subplots(1, 2)
+    smallest = min(1 / len(values) for values in costs.values())
+    share = torch.logspace(torch.tensor(TAIL_SHARE).log10().item(), torch.tensor(smallest).log10().item(), 300)
+    tails = []
+    for i, (name, values) in enumerate(costs.items()):
+        levels = torch.linspace(0, 1, 501, dtype=torch.float64)
+        line = {"color": _look(i)["color"], "linewidth": 2, "label": name}
+        whole.plot(levels, tail.quantile_curve(values, levels), **line)
+        reached = share[share >= 1 / len(values)].double()
+        tails.append(tail.quantile_curve(values, 1 - reached))
+        worst.plot(reached, tails[-1], drawstyle="steps-post", **line)
+    whole.axvspan(1 - TAIL_SHARE, 1, color="#EEEEEE", zorder=0)
+    whole.axhline(0, color="#777777", linewidth=1, linestyle=":")
+    whole.set(title="All answers", xlabel="quantile", ylabel="cost (above 0: unsafe)", xlim=(0, 1))
+    worst.set_xscale("log")
+    worst.set_xlim(TAIL_SHARE, smallest)
+    worst.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+    worst.set(title="The worst tenth", xlabel="share of answers that cost more", ylabel="cost")
+    _scale_tail(worst, torch.cat(tails))
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(costs), 5))
+    return _save(figure, path)
+
+
+@styled
+def training_curves(metrics: Mapping[str, Path], path: Path) -> Path | None:
+    """One row of panels per step, with the panels its metrics.csv has columns for."""
+    logged = {name: read_metrics(file) for name, file in metrics.items()}
+    panels = {name: [p for p in PANELS if _drawn(p, found)] for name, found in logged.items()}
+    panels = {name: shown for name, shown in panels.items() if shown}
+    if not panels:
+        return None
+    figure = _figure(15.0, 3.3 * len(panels))
+    rows = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
+    for row, (name, shown) in zip(rows, panels.items(), strict=True):
+        row.suptitle(f"Step: {name}", x=0.008, ha="left", fontsize=13)
+        for ax, panel in zip(row.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            _draw_panel(ax, panel, logged[name])
+    return _save(figure, path)
+
+
+def read_metrics(file: Path) -> dict[str, list[tuple[float, float]]]:
+    """metrics.csv of Lightning's CSVLogger: column -> (step, value) where logged; blanks and texts are skipped."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        for i, row in enumerate(csv.DictReader(lines)):
+            step = _number(row.get("step"))
+            for name, text in row.items():
+                value = _number(text)
+                if name and name not in ("step", "epoch") and value is not None:
+                    found.setdefault(name, []).append((i if step is None else step, value))
+    return found
+
+
+def _draw_panel(ax: Any, panel: Panel, found: Mapping[str, list[tuple[float, float]]]) -> None:
+    for i, (column, label) in enumerate(panel.curves):
+        colour = COLOURS[i]
+        if train := _series(found, "train", column):
+            steps, values = zip(*train, strict=True)
+            several = len(panel.curves) > 1
+            ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+            ax.plot(steps, _running_mean(values), color=colour, linewidth=2, label=label if several else "training")
+        if val := _series(found, "val", column):
+            steps, values = zip(*val, strict=True)
+            ax.plot(
+                steps, values, color=colour if len(panel.curves) > 1 else "black", marker="o", markersize=5,
+                linestyle="--", linewidth=1, label=f"{label}, validation" if len(panel.curves) > 1 else "validation",
+            )  # fmt: skip
+    if panel.title == "Reward accuracy":
+        ax.axhline(0.5, color="#777777", linewidth=1, linestyle=":")
+    ax.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
+    ax.legend(loc="best")
+
+
+def _drawn(panel: Panel, found: Mapping[str, Any]) -> bool:
+    return any(_series(found, split, column) for column, _ in panel.curves for split in ("train", "val"))
+
+
+def _series(found: Mapping[str, list[tuple[float, float]]], split: str, column: str) -> list[tuple[float, float]]:
+    # Lightning appends _step and _epoch when a value is logged at both paces
+    names = (f"{split}/{column}", f"{split}/{column}_step", f"{split}/{column}_epoch")
+    return next((found[name] for name in names if name in found), [])
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Centred mean over a tenth of the curve, shorter at the ends."""
+    half = max(1, len(values) // 20)
+    sums = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
+    at = torch.arange(len(values))
+    low, high = (at - half).clamp(min=0), (at + half + 1).clamp(max=len(values))
+    return ((sums[high] - sums[low]) / (high - low)).tolist()
+
+
+def _scale_tail(ax: Any, values: Tensor) -> None:
+    """Logarithmic where costs span orders of magnitude; linear near 0 if some of the tail is safe."""
+    positive = values[values > 0]
+    if len(positive) == 0 or positive.max() < LOG_RATIO * positive.median():
+        return
+    if len(positive) == len(values):
+        ax.set_yscale("log")
+    else:
+        ax.set_yscale("symlog", linthresh=float(positive.min()))
+
+
+def _mean_cost(model: Mapping[str, Any]) -> tuple[float, Sequence[float] | None]:
+    return model["cost_mean"], model["ci95"]["cost_mean"]
+
+
+def _tail_cost(model: Mapping[str, Any]) -> tuple[float, Sequence[float] | None]:
+    return model["cost_cvar"]["0.95"], model["ci95"]["cost_cvar"]["0.95"]
+
+
+def _bars(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
+    # a percentile interval need not contain its estimate, and matplotlib refuses negative lengths
+    return None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+
+
+def _look(i: int) -> dict[str, str]:
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _figure(width: float, height: float) -> Any:
+    # a figure without pyplot: no global state, no window system, nothing to close
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,402 @@
+"""Sample answers from a Hugging Face folder and record them with their log-probabilities in samples.jsonl.
+
+The answers are drawn by a plain loop with a private generator: chunk i is seeded by (seed, i) alone, so a run that
+was interrupted and continued writes the same file as one that was not. Log-probabilities come from a second,
+teacher-forced pass, the same code for the model and for the model it started from, so that equal weights give equal
+numbers and their difference is exactly zero.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rsa_lightning.data.formats import RowDefect
+from rsa_lightning.data.tokenize import encode_prompt
+from rsa_lightning.evaluation.samples import Sample, SampleError, from_line, to_line
+
+log = logging.getLogger(__name__)
+
+LOGITS_BYTES = 256 * 2**20  # float32 logits held at once while answers are scored
+
+
+class GenerationError(ValueError):
+    """A model folder, prompt or partial file that cannot be used; the message names it and the fix."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. The defaults sample from the model's own distribution.
+
+    `logp` is always that of the model itself, at temperature 1. E[logp − ref_logp] is the KL divergence to the start
+    model only if the answers were drawn from that same law; with another temperature or with top_p < 1 `ref_logp` is
+    therefore recorded as null, and the report shows no KL.
+    """
+
+    samples_per_prompt: int = 8
+    max_new_tokens: int = 128
+    max_prompt_length: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "max_new_tokens", "max_prompt_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"sampling.temperature must be positive and finite, got {self.temperature}; 1 is the model's own law"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is a probability mass in (0, 1], got {self.top_p}; 1 keeps every token")
+
+    @property
+    def untruncated(self) -> bool:
+        return self.temperature == 1 and self.top_p == 1
+
+
+class Generation(NamedTuple):
+    """What one call of `generate` did."""
+
+    path: Path
+    samples: int
+    resumed: int  # samples that were found in the partial file
+    tokens: int  # tokens sampled by this call
+    unfinished: int  # answers of this call that reached max_new_tokens without EOS
+
+
+class Answers(NamedTuple):
+    tokens: list[list[int]]  # EOS included where it was sampled
+    finished: list[bool]
+
+
+def generate(
+    model_folder: Path | str,
+    prompts: Mapping[str, str],
+    path: Path | str,
+    *,
+    start_folder: Path | str | None = None,
+    sampling: Sampling = Sampling(),
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> Generation:
+    """Answer every prompt `samples_per_prompt` times and write samples.jsonl, with `reward` and `cost` still null.
+
+    Chunks are appended to `<path>.partial`; the file itself appears in one rename when all are there. A rerun with
+    the same model, prompts and sampling continues after the last complete chunk, any other rerun starts again and
+    says so.
+
+    Args:
+        prompts: prompt_id -> prompt, tokenised as in training. start_folder: the model whose log-probabilities go
+        into `ref_logp`; None leaves them null. dtype: of the weights, as transformers names it; "auto" is that of the
+        file. Log-probabilities are float32 in any case.
+
+    Raises:
+        GenerationError: no prompts, or one that cannot be tokenised; a folder that is no model; a tokenizer without EOS;
+            a model and start with different vocabularies; a context that is too short for the request.
+    """
+    path, model_folder = Path(path), _checked_folder(model_folder)
+    if not prompts:
+        raise GenerationError("there are no prompts to answer: the evaluation split is empty")
+    start_folder = _usable_start(start_folder, sampling)
+    tokenizer = _load_tokenizer(model_folder, start_folder)
+    encoded = _encode(tokenizer, prompts, sampling.max_prompt_length)
+    model = _load_model(model_folder, device, dtype)
+    _check_context(model, max(map(len, encoded.values())), sampling)
+    start = model if start_folder == model_folder else start_folder and _load_model(start_folder, device, dtype)
+    eos = _eos_ids(model, tokenizer)
+
+    rows = [(key, sample_id) for key in prompts for sample_id in range(sampling.samples_per_prompt)]
+    partial = path.with_name(path.name + ".partial")
+    resumed = _resume(partial, _header(model_folder, start_folder, prompts, sampling))
+    tokens = unfinished = 0
+    with partial.open("a", encoding="utf-8") as file:
+        for first in range(resumed, len(rows), sampling.batch_size):
+            chunk = rows[first : first + sampling.batch_size]
+            chunk_prompts = [encoded[key] for key, _ in chunk]
+            answers = sample_answers(
+                model, chunk_prompts, eos, sampling, _chunk_generator(sampling.seed, first, device)
+            )
+            texts = tokenizer.batch_decode(answers.tokens, skip_special_tokens=True)
+            logp = answer_logps(model, chunk_prompts, answers.tokens)
+            ref_logp = [None] * len(chunk) if start is None else logp
+            if start is not None and start is not model:
+                ref_logp = answer_logps(start, chunk_prompts, answers.tokens)
+            for (key, sample_id), *found in zip(chunk, texts, logp, ref_logp, strict=True):
+                file.write(to_line(Sample(key, sample_id, prompts[key], *found)))
+            file.flush()
+            os.fsync(file.fileno())
+            tokens += sum(map(len, answers.tokens))
+            unfinished += answers.finished.count(False)
+    _publish(partial, path)
+    if unfinished:
+        log.info(
+            "%d of %d answers reached max_new_tokens=%d without EOS",
+            unfinished,
+            len(rows) - resumed,
+            sampling.max_new_tokens,
+        )
+    return Generation(path, len(rows), resumed, tokens, unfinished)
+
+
+@torch.inference_mode()
+def sample_answers(
+    model: Any, prompts: Sequence[Sequence[int]], eos: Sequence[int], sampling: Sampling, generator: torch.Generator
+) -> Answers:
+    """Draw one answer per prompt, token by token: prompts left-padded, keys and values cached, ended rows dropped."""
+    device = model.device
+    input_ids, attention_mask = _left_pad(prompts, device)
+    position = attention_mask.sum(1)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    stops = torch.tensor(list(eos), device=device)
+    alive = torch.arange(len(prompts), device=device)  # row of the cache -> answer
+    drawn = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
+    length = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(sampling.max_new_tokens):
+        token = draw(output.logits[:, -1], sampling.temperature, sampling.top_p, generator)
+        drawn[alive, step] = token
+        stopped = torch.isin(token, stops)
+        length[alive[stopped]], finished[alive[stopped]] = step + 1, True
+        if stopped.all() or step + 1 == sampling.max_new_tokens:
+            break
+        cache = output.past_key_values
+        if stopped.any():
+            keep = (~stopped).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            alive, token, position, attention_mask = alive[keep], token[keep], position[keep], attention_mask[keep]
+        attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(alive), 1)), 1)
+        output = model(
+            input_ids=token[:, None],
+            attention_mask=attention_mask,
+            position_ids=position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        position = position + 1
+    lengths = length.tolist()
+    return Answers([row[:n] for row, n in zip(drawn.tolist(), lengths, strict=True)], finished.tolist())
+
+
+def draw(
+    logits: Float[Tensor, "b v"], temperature: float, top_p: float, generator: torch.Generator
+) -> Int[Tensor, " b"]:
+    """One token per row from softmax(logits / temperature), cut to its nucleus of mass `top_p`, in float32."""
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        probs = probs.masked_fill(~nucleus(probs, top_p), 0.0)
+    # the exponential race: token v wins with probability p_v / sum(p), one pass, no cumulative sums
+    clock = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / clock).argmax(-1)
+
+
+def nucleus(probs: Float[Tensor, "b v"], top_p: float) -> Bool[Tensor, "b v"]:
+    """The likeliest tokens until their mass reaches `top_p`; the one that crosses it stays in (arXiv:1904.09751)."""
+    ordered, order = probs.sort(-1, descending=True)
+    kept = ordered.cumsum(-1) - ordered < top_p
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+@torch.inference_mode()
+def answer_logps(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+    """log q(answer | prompt) in nats, summed over the tokens of each answer.
+
+    Teacher forcing, in slices of rows; only the positions from the last prompt token on reach the head.
+    """
+    longest = max(map(len, answers))
+    rows = max(1, LOGITS_BYTES // (4 * (longest + 1) * model.config.get_text_config().vocab_size))
+    sums: list[float] = []
+    for first in range(0, len(prompts), rows):
+        sums += _slice_logps(model, prompts[first : first + rows], answers[first : first + rows])
+    return sums
+
+
+def _slice_logps(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+    # prompts end, and answers begin, in one column: [left padding | prompt | answer | right padding]
+    left, left_mask = _left_pad(prompts, model.device)
+    lengths = torch.tensor([len(answer) for answer in answers], device=model.device)
+    longest = int(lengths.max())
+    labels = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in answers], device=model.device)
+    inside = torch.arange(longest, device=model.device) < lengths[:, None]
+    mask = torch.cat((left_mask, inside.long()), 1)
+    logits = model(
+        input_ids=torch.cat((left, labels), 1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=longest + 1,
+    ).logits[:, :-1]
+    token_logp = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return token_logp.masked_fill(~inside, 0.0).double().sum(1).tolist()
+
+
+def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    # padding is known by position, never by token id: any id will do, and 0 is in every vocabulary
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _chunk_generator(seed: int, first_row: int, device: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{first_row}".encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _checked_folder(folder: Path | str) -> Path:
+    folder = Path(folder).resolve()
+    if not (folder / "config.json").is_file():
+        raise GenerationError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+        raise GenerationError(
+            f"{folder} has no model.safetensors: save the model with save_pretrained(safe_serialization=True)"
+        )
+    return folder
+
+
+def _usable_start(start_folder: Path | str | None, sampling: Sampling) -> Path | None:
+    if start_folder is None:
+        return None
+    if not sampling.untruncated:
+        settings = f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g}"
+        log.warning("%s do not sample the model's own law: ref_logp, and with it kl_to_start, stays null", settings)
+        return None
+    return _checked_folder(start_folder)
+
+
+def _load_tokenizer(folder: Path, start_folder: Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise GenerationError(
+            f"the tokenizer in {folder} has no EOS token, so no answer would ever end: set eos_token and save it again"
+        )
+    if start_folder not in (None, folder):
+        start_tokenizer = AutoTokenizer.from_pretrained(start_folder, local_files_only=True)
+        if start_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise GenerationError(
+                f"{folder} and its start {start_folder} have different vocabularies: their log-probabilities cannot be "
+                "compared"
+            )
+    return tokenizer
+
+
+def _encode(tokenizer: Any, prompts: Mapping[str, str], max_length: int) -> dict[str, list[int]]:
+    encoded = {}
+    for key, prompt in prompts.items():
+        try:
+            encoded[key] = encode_prompt(tokenizer, prompt, max_length)
+        except RowDefect as defect:
+            message = f"prompt {key} cannot be tokenised ({defect.reason}): leave it out of the evaluation prompts"
+            raise GenerationError(message) from defect
+    return encoded
+
+
+def _load_model(folder: Path, device: str, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
+    return model.to(device).eval()
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The training EOS first; chat models may name further ends of a turn in generation_config.json."""
+    extra = getattr(model.generation_config, "eos_token_id", None)
+    extra = [] if extra is None else extra if isinstance(extra, list) else [extra]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *extra]))
+
+
+def _check_context(model: Any, longest_prompt: int, sampling: Sampling) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest_prompt + sampling.max_new_tokens > limit:
+        raise GenerationError(
+            f"a prompt of {longest_prompt} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
+            f"{limit} positions: lower sampling.max_new_tokens or sampling.max_prompt_length"
+        )
+
+
+def _header(
+    model_folder: Path, start_folder: Path | None, prompts: Mapping[str, str], sampling: Sampling
+) -> dict[str, Any]:
+    """What the samples depend on. Weights by SHA-256, not by path: a folder may hold a retrained model."""
+    return {
+        "sampling": dataclasses.asdict(sampling),
+        "prompts": hashlib.sha256(json.dumps(list(prompts.items())).encode()).hexdigest(),
+        "model": _folder_hash(model_folder),
+        "start": None if start_folder is None else _folder_hash(start_folder),
+    }
+
+
+def _folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _resume(partial: Path, header: dict[str, Any]) -> int:
+    """Cut the partial file back to its complete chunks and return how many samples they hold, or begin a new one."""
+    found = _read_partial(partial, header) if partial.is_file() else None
+    if found is None:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return 0
+    size = header["sampling"]["batch_size"]
+    complete = len(found) // size * size
+    temporary = partial.with_name(partial.name + ".tmp")
+    temporary.write_text(json.dumps(header) + "\n" + "".join(found[:complete]), encoding="utf-8")
+    temporary.replace(partial)
+    log.info("continuing %s after %d samples", partial, complete)
+    return complete
+
+
+def _read_partial(partial: Path, header: dict[str, Any]) -> list[str] | None:
+    """The intact lines of a partial file, or None, with a message, if it belongs to another run."""
+    with partial.open(encoding="utf-8", errors="replace") as file:
+        first, *lines = list(file) or [""]
+    try:
+        found = json.loads(first)
+    except json.JSONDecodeError:
+        log.warning("%s has no readable header: sampling starts again", partial)
+        return None
+    if changed := [name for name in header if not isinstance(found, dict) or found.get(name) != header[name]]:
+        log.warning("%s was written with other %s: sampling starts again", partial, ", ".join(changed))
+        return None
+    for number, line in enumerate(lines):
+        try:
+            from_line(line, f"{partial}:{number + 2}")
+        except SampleError:  # the line that was being written when the run died; nothing after it can be trusted
+            return lines[:number]
+    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Drop the header and move the samples to their final name in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    with partial.open(encoding="utf-8") as source, temporary.open("w", encoding="utf-8") as target:
+        next(source)
+        target.writelines(source)
+        target.flush()
+        os.fsync(target.fileno())
+    temporary.replace(path)
+    partial.unlink()

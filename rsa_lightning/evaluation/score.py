@@ -1,0 +1,100 @@
+"""Fill in the reward and cost of sampled answers. A score that failed is null and counted; it is never 0."""
+
+import importlib
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rsa_lightning.evaluation.samples import Sample, read_samples, write_samples
+
+log = logging.getLogger(__name__)
+
+Scorer = Callable[[str, str], Any]
+"""(prompt, answer) -> (reward, cost). Higher reward and lower cost are better; cost > 0 is unsafe; None is no score."""
+
+
+class ScoreError(ValueError):
+    """The scorer cannot be found or fails on every answer; the message names it and the fix."""
+
+
+class Scoring(NamedTuple):
+    """What one call of `score` did, in answers."""
+
+    scored: int  # reward and cost both found by this call
+    kept: int  # had both before
+    failed: int  # reward, cost or both are null
+
+
+def load_scorer(name: str) -> Scorer:
+    """The function behind a dotted name such as "rsa_lightning.stories.score". Raises ScoreError if there is none."""
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise ScoreError(f"scorer {name!r} is not a dotted name: write package.module.function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ScoreError(f"scorer {name!r}: cannot import {module_name} ({error})") from error
+    scorer = getattr(module, attribute, None)
+    if not callable(scorer):
+        raise ScoreError(f"scorer {name!r}: {module_name} has no function {attribute}")
+    return scorer
+
+
+def score(path: Path | str, scorer: Scorer | str | None, *, save_every: int = 1000) -> Scoring:
+    """Score the answers of a samples file that lack a reward or a cost, and replace the file.
+
+    The file is rewritten every `save_every` answers, so that a rerun asks a slow scorer only about the rest; answers
+    whose score failed are asked about again. Without a scorer the file is left as it is.
+
+    Raises:
+        ScoreError: the scorer does not exist, or failed on each of the answers it was given.
+    """
+    samples = read_samples(path)
+    waiting = [i for i, sample in enumerate(samples) if sample.reward is None or sample.cost is None]
+    if scorer is None:
+        return Scoring(0, len(samples) - len(waiting), len(waiting))
+    function = load_scorer(scorer) if isinstance(scorer, str) else scorer
+    failures: list[str] = []
+    for count, i in enumerate(waiting, 1):
+        samples[i], failure = _scored(samples[i], function)
+        failures += [failure] if failure else []
+        if count % save_every == 0 and len(failures) < count:
+            write_samples(path, samples)
+    if waiting and len(failures) == len(waiting):
+        raise ScoreError(
+            f"the scorer {_name(scorer)} failed on all {len(waiting)} answers of {path}, first on {failures[0]}"
+        )
+    if failures:
+        log.warning("%d of %d answers in %s have no score, first %s", len(failures), len(waiting), path, failures[0])
+    if waiting:
+        write_samples(path, samples)
+    return Scoring(len(waiting) - len(failures), len(samples) - len(waiting), len(failures))
+
+
+def _scored(sample: Sample, scorer: Scorer) -> tuple[Sample, str]:
+    """The sample with its scores, and what went wrong ("" if nothing)."""
+    place = f"prompt {sample.prompt_id}, sample {sample.sample_id}"
+    try:
+        reward, cost = scorer(sample.prompt, sample.text)
+    except (
+        Exception
+    ) as error:  # a scorer is the user's code, often a judge over a network: any failure means "no score here"
+        return sample, f"{place}: {type(error).__name__}: {error}"
+    numbers: dict[str, Any] = {"reward": _finite(reward), "cost": _finite(cost)}
+    missing = [f"{name} {value!r}" for name, value in (("reward", reward), ("cost", cost)) if numbers[name] is None]
+    return replace(sample, **numbers), f"{place}: {' and '.join(missing)} is not a finite number" if missing else ""
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _name(scorer: Scorer | str) -> str:
+    return scorer if isinstance(scorer, str) else getattr(scorer, "__qualname__", repr(scorer))
