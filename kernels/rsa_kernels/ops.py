@@ -1,0 +1,276 @@
+"""The public face of the operators: signatures, checks and the choice of an implementation. No arithmetic."""
+
+import logging
+import os
+import sys
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rsa_kernels import chunked, naive
+from rsa_kernels.naive import NestedRisk, TokenStats
+from rsa_kernels.risk import RiskMeasure
+from rsa_kernels.rows import RowOptions
+
+Impl = Literal["auto", "naive", "chunked", "triton"]
+
+_log = logging.getLogger("rsa_kernels")
+_logged: set[str] = set()
+
+
+def token_risk(
+    policy_logits: Float[Tensor, "*n V"],
+    ref_logits: Float[Tensor, "*n V"],
+    labels: Int[Tensor, "*n"],
+    risk: RiskMeasure | None,
+    *,
+    scale: float = 1.0,
+    ref_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    impl: Impl = "auto",
+) -> TokenStats:
+    """Log-probabilities of the labels, and the risk of having left the reference, at every position.
+
+        x_v  = log p_v − log q_v        p = softmax(ref_logits), q = softmax(policy_logits)
+        risk = ρ_{v∼p}(x_v)             large where the policy has removed mass
+        kl   = E_{v∼p} x_v              KL(p ‖ q); the same tensor as risk when risk is KL()
+
+    Equals `naive.token_risk`, a page of torch, without its [*n, V] fp32 buffers.
+
+    Args:
+        labels: int64; at `ignore_index` all outputs are exactly 0 and no gradient flows, even where logits or upstream are nan.
+        risk: None leaves `risk` and `kl` out, for losses that need log-probabilities only.
+        scale, softcap: logits become softcap · tanh(scale · logits / softcap) first; −inf logits mark absent columns and stay −inf.
+        entropy: also return H(q) in nats, detached, for logging.
+        impl: "auto" is "chunked"; any other name is binding.
+
+    Returns:
+        fp32 (fp64 for fp64 logits), nats. All but `ref_logp` and `entropy` carry gradients, to `policy_logits` only:
+        ∂risk/∂policy_logits = q − w with w = risk.weights(x, log p). `risk` and `kl` are inf where q_v = 0 < p_v.
+
+    Raises:
+        ValueError: shapes differ, or (CPU only) a label is outside [0, V); on a GPU such a position becomes nan.
+        RuntimeError: `impl` names something that cannot run here; the message says why and what to use instead.
+
+    Sources: KL, TDPO (arXiv:2404.11999); CVaR and ERM, Ra-DPO (arXiv:2505.20359) and RSA (arXiv:2512.24263).
+    """
+    if policy_logits.shape != ref_logits.shape or policy_logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            "token_risk wants policy_logits and ref_logits of one shape [*n, V] and labels [*n], got "
+            f"{_shape(policy_logits)}, {_shape(ref_logits)} and {_shape(labels)}; cut both vocabularies to their common size"
+        )
+    options = RowOptions(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
+    _check(policy_logits.shape[-1], labels, options)
+    if resolve(impl, policy_logits, risk) == "naive":
+        return naive.token_risk(policy_logits, ref_logits, labels, **options._asdict())
+    flat = (policy_logits.flatten(0, -2), ref_logits.flatten(0, -2), labels.flatten())
+    if labels.ndim == 0:
+        flat = (policy_logits[None], ref_logits[None], labels[None])
+    stats = chunked.token_risk(*flat, options)
+    return TokenStats._make(None if s is None else s.reshape(labels.shape) for s in stats)
+
+
+def linear_token_risk(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    ref_hidden: Float[Tensor, "N R"] | None,
+    ref_weight: Float[Tensor, "V R"] | None,
+    labels: Int[Tensor, " N"],
+    risk: RiskMeasure | None,
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    ref_bias: Float[Tensor, " V"] | None = None,
+    scale: float = 1.0,
+    ref_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    workspace_bytes: int | None = None,
+    impl: Impl = "auto",
+) -> TokenStats:
+    """token_risk(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias, ...), never holding all N rows of logits.
+
+    Arguments and returns as in `token_risk`; gradients flow to `hidden`, `weight` and `bias` where they are wanted, and backward
+    computes the logits again. Pass rows that are scored only: prompts and padding cost as much as responses.
+
+    Args:
+        ref_hidden, ref_weight: of the frozen reference; another hidden size is fine. Both None, with risk=None, scores the policy alone:
+            `ref_logp` is then exactly 0.
+        workspace_bytes: bound on logits and temporaries of one chunk of rows; by default 16 MiB on a CPU and 512 MiB on a GPU.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or (CPU only) a label is outside [0, V).
+        TypeError: a weight is a DTensor, i.e. a shard of the head.
+        RuntimeError: `impl` names something that cannot run here.
+    """
+    options = RowOptions(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
+    _check_linear(hidden, weight, bias, labels, "")
+    if (ref_hidden is None) != (ref_weight is None):
+        raise ValueError("ref_hidden and ref_weight come together: pass both, or neither to score the policy alone")
+    if ref_hidden is None and risk is not None:
+        raise ValueError(f"risk={risk} compares with a reference: pass ref_hidden and ref_weight, or risk=None")
+    if ref_hidden is not None and ref_weight is not None:
+        _check_linear(ref_hidden, ref_weight, ref_bias, labels, "ref_")
+        if ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"policy and reference share one vocabulary: weight has {weight.shape[0]} rows, ref_weight {ref_weight.shape[0]}; "
+                "cut both to their common size"
+            )
+    _check(weight.shape[0], labels, options)
+    if workspace_bytes is not None and workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes is a positive number of bytes, got {workspace_bytes}")
+    implementation = resolve(impl, hidden, risk)
+    policy, reference = _autocast(hidden, weight, bias), _autocast(ref_hidden, ref_weight, ref_bias)
+    _check_dtypes(policy, "")
+    _check_dtypes(reference, "ref_")
+    states = (policy[0], policy[1], reference[0], reference[1], labels)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if implementation == "naive":
+            return naive.linear_token_risk(*states, bias=policy[2], ref_bias=reference[2], **options._asdict())
+        return chunked.linear_token_risk(
+            *states, options, bias=policy[2], ref_bias=reference[2], workspace_bytes=workspace_bytes
+        )
+
+
+def nested_risk(
+    step_risk: Float[Tensor, " N"], cu_seqlens: Int[Tensor, " S+1"], *, discount: float = 1.0, impl: Impl = "auto"
+) -> NestedRisk:
+    """R_t = step_risk_t + discount · R_{t+1} within each sequence; total[s] is R at its first token, 0 if it has none.
+
+    `cu_seqlens` holds the sequence boundaries in the packed tokens, 0 first and N last, as in variable-length attention.
+    By translation equivariance this is the nested form ρ(cost + discount · R) along the observed sequence.
+
+    Raises:
+        ValueError: shapes do not fit, the discount is outside [0, 1], or (CPU only) the boundaries do not rise from 0 to N.
+        RuntimeError: `impl` names something that cannot run here.
+    """
+    if step_risk.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"nested_risk wants step_risk [N] and cu_seqlens [S+1], got {_shape(step_risk)} and {_shape(cu_seqlens)}"
+        )
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount lies in [0, 1], got {discount}")
+    if _readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != step_risk.shape[0] or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens rises from 0 to N = {step_risk.shape[0]}, got {_shorten(bounds)}")
+    if resolve(impl, step_risk, None) == "naive":
+        return naive.nested_risk(step_risk, cu_seqlens, discount=discount)
+    return chunked.nested_risk(step_risk, cu_seqlens, discount=discount)
+
+
+def resolve(impl: str, x: Tensor, risk: RiskMeasure | None) -> Literal["naive", "chunked"]:
+    """The implementation that runs for tensors like `x`: an explicit name is binding, "auto" chooses and logs why, once.
+
+    The environment variable RSA_KERNELS_IMPL replaces "auto" only.
+
+    Raises:
+        ValueError: no implementation has that name.
+        RuntimeError: it exists but cannot run here.
+    """
+    origin = "impl"
+    if impl == "auto" and not torch.compiler.is_compiling():
+        impl = os.environ.get("RSA_KERNELS_IMPL") or "auto"
+        origin = "impl" if impl == "auto" else "RSA_KERNELS_IMPL"
+    if impl not in get_args(Impl):
+        raise ValueError(f"{origin} is one of {', '.join(get_args(Impl))}, got {impl!r}")
+    if impl == "triton":
+        where = f"the tensors are on {x.device.type}, and this version" if not x.is_cuda else "this version"
+        raise RuntimeError(
+            f"{origin}='triton' cannot run here: {where} has no Triton row kernels. Use impl='auto' or impl='chunked'."
+        )
+    if impl == "naive":
+        return "naive"
+    if impl == "auto":
+        name = "risk=None" if risk is None else type(risk).__name__
+        _log_once(f"impl='auto' is 'chunked' for {name} on {x.device.type}: this version has no Triton row kernels")
+    return "chunked"
+
+
+def _log_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _logged:
+        _logged.add(message)
+        _log.info(message)
+
+
+def _check(vocabulary: int, labels: Tensor, options: RowOptions) -> None:
+    if options.risk is not None and not isinstance(options.risk, RiskMeasure):
+        raise ValueError(f"risk is a RiskMeasure such as CVaR(tail=0.97), or None; got {options.risk!r}")
+    for name in ("scale", "ref_scale", "softcap", "ref_softcap"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is a positive number, got {value}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are int64 token ids, got {labels.dtype}")
+    if not _readable(labels):
+        return
+    outside = (labels != options.ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if outside.any():
+        position = int(outside.flatten().nonzero()[0])
+        raise ValueError(
+            f"label {int(labels.flatten()[position])} at position {position} is outside the vocabulary [0, {vocabulary}); "
+            f"positions to leave out carry ignore_index = {options.ignore_index}"
+        )
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, prefix: str) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if _is_dtensor(tensor):
+            raise TypeError(
+                f"{prefix}{name} is a DTensor, a shard of the head: call the operator inside the forward of the module that owns "
+                "the weight, where it is whole (full_tensor() would give silently wrong gradients)"
+            )
+    fits = (
+        hidden.ndim == 2
+        and weight.ndim == 2
+        and hidden.shape[1] == weight.shape[1]
+        and labels.shape == hidden.shape[:1]
+    )
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        bias_shape = "" if bias is None else f", {prefix}bias {_shape(bias)}"
+        raise ValueError(
+            f"linear_token_risk wants {prefix}hidden [N, H], {prefix}weight [V, H], {prefix}bias [V] and labels [N], got {prefix}hidden "
+            f"{_shape(hidden)}, {prefix}weight {_shape(weight)}{bias_shape}, labels {_shape(labels)}"
+        )
+
+
+def _check_dtypes(tensors: tuple[Tensor | None, ...], prefix: str) -> None:
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        raise ValueError(
+            f"{prefix}hidden, {prefix}weight and {prefix}bias share one dtype, got {names}: cast them, or use autocast"
+        )
+
+
+def _autocast(*tensors: Any) -> tuple:
+    """Custom operators bypass autocast, so the cast of a linear layer happens here."""
+    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _is_dtensor(tensor: Tensor | None) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # without the module there is no DTensor
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without a device sync, and outside of a compiler's trace."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _shorten(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"{str(numbers[:4])[:-1]}, ..., {str(numbers[-3:])[1:]}"

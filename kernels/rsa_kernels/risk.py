@@ -1,0 +1,236 @@
+"""One-step risk measures of a discrete cost: `KL` (the mean), `CVaR` and `ERM`.
+
+Upper-tail, cost type: large x is bad. A measure is a frozen dataclass, so it travels in a YAML file, in a hash and through a custom op.
+To add one, write a frozen dataclass with `weights` and `value`; it then runs in every torch implementation. The three methods named
+`*_at` and `scalars` are optional: they let the chunked path keep a few numbers per row between forward and backward.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Outcomes(NamedTuple):
+    """Costs and their probabilities, cleaned: x is finite wherever the mass is 0."""
+
+    x: Float[Tensor, "*n V"]
+    log_probs: Float[Tensor, "*n V"]
+    probs: Float[Tensor, "*n V"]
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "*n V"], log_probs: Float[Tensor, "*n V"]) -> "Outcomes":
+        """Outcomes without mass may carry any x, even nan: 0 · inf must not poison the sums."""
+        probs = log_probs.exp()
+        return cls(x.masked_fill((probs == 0) & ~x.isfinite(), 0.0), log_probs, probs)
+
+
+class RiskMeasure(abc.ABC):
+    """One-step risk ρ of a discrete cost x whose outcomes have the given log-probabilities.
+
+    ρ is monotone and translation-equivariant, ρ(x + c) = ρ(x) + c. Fields of a subclass are floats.
+    """
+
+    scalar_count: ClassVar[int] = 0  # width of `scalars`; at most 3
+
+    @abc.abstractmethod
+    def weights(self, x: Float[Tensor, "*n V"], log_probs: Float[Tensor, "*n V"]) -> Float[Tensor, "*n V"]:
+        """Risk-adjusted probabilities: non-negative, sum to one, equal to ∂ρ/∂x."""
+
+    @abc.abstractmethod
+    def value(self, x: Float[Tensor, "*n V"], log_probs: Float[Tensor, "*n V"]) -> Float[Tensor, "*n"]:
+        """ρ(x), differentiable in x with gradient `weights`; `log_probs` is a constant."""
+
+    def scalars(self, o: Outcomes) -> Float[Tensor, "*n k"]:
+        """The few numbers per row that turn `weights` into an elementwise formula."""
+        return o.x.new_empty(*o.x.shape[:-1], 0)
+
+    def weights_at(self, o: Outcomes, scalars: Float[Tensor, "*n k"]) -> Float[Tensor, "*n V"]:
+        """`weights`, given this measure's `scalars` of the same outcomes."""
+        return self.weights(o.x, o.log_probs)
+
+    def value_at(self, o: Outcomes, scalars: Float[Tensor, "*n k"]) -> Float[Tensor, "*n"]:
+        """`value` without its gradient, given this measure's `scalars` of the same outcomes."""
+        return self.value(o.x, o.log_probs)
+
+
+class _Value(torch.autograd.Function):
+    """ρ(x) with the envelope gradient ∂ρ/∂x = weights.
+
+    Autograd through η + E[(x − η)₊] / tail has the right value and wrong gradients wherever outcomes tie.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_probs: Tensor, risk: "_ClosedForm") -> Tensor:
+        outcomes = Outcomes.of(x, log_probs)
+        scalars = risk.scalars(outcomes)
+        ctx.risk = risk
+        ctx.save_for_backward(x, log_probs, scalars)
+        return risk.value_at(outcomes, scalars)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, log_probs, scalars = ctx.saved_tensors
+        return grad[..., None] * ctx.risk.weights_at(Outcomes.of(x, log_probs), scalars), None, None
+
+
+class _ClosedForm(RiskMeasure):
+    """A measure written as `scalars`, `weights_at` and `value_at`; `weights` and `value` follow."""
+
+    def weights(self, x: Float[Tensor, "*n V"], log_probs: Float[Tensor, "*n V"]) -> Float[Tensor, "*n V"]:
+        outcomes = Outcomes.of(x.detach(), log_probs.detach())
+        return self.weights_at(outcomes, self.scalars(outcomes))
+
+    def value(self, x: Float[Tensor, "*n V"], log_probs: Float[Tensor, "*n V"]) -> Float[Tensor, "*n"]:
+        return _Value.apply(x, log_probs.detach(), self)
+
+
+@dataclass(frozen=True)
+class KL(_ClosedForm):
+    """The mean, ρ(x) = E x. As step risk it is the forward KL(reference ‖ policy) of TDPO (arXiv:2404.11999)."""
+
+    def weights_at(self, o: Outcomes, scalars: Float[Tensor, "*n k"]) -> Float[Tensor, "*n V"]:
+        return o.probs
+
+    def value_at(self, o: Outcomes, scalars: Float[Tensor, "*n k"]) -> Float[Tensor, "*n"]:
+        return (o.probs * o.x).sum(-1)
+
+
+@dataclass(frozen=True)
+class CVaR(_ClosedForm):
+    """Mean of x over its upper tail of probability mass `tail`; `tail=1` is KL, `tail → 0` is max x.
+
+        weights = p / tail above the threshold, p · fraction / tail at it, 0 below
+
+    The threshold is the upper `tail`-quantile. Outcomes that tie with it share the mass that is left in proportion to p, never by
+    index: a policy equal to its reference is one single tie and must get weights p, hence gradient 0.
+
+    Args:
+        tail: probability mass in (0, 1]; the papers' μ. The usual CVaR level is 1 − tail.
+
+    Sources: Rockafellar and Uryasev (2000); Ra-DPO (arXiv:2505.20359), RSA (arXiv:2512.24263).
+    """
+
+    tail: float = 0.97
+    scalar_count: ClassVar[int] = 2  # threshold, fraction
+
+    def __post_init__(self) -> None:
+        if not 0 < _number("CVaR tail", self.tail) <= 1:
+            raise ValueError(f"CVaR tail is a probability mass in (0, 1], got {self.tail}")
+
+    def scalars(self, o: Outcomes) -> Float[Tensor, "*n 2"]:
+        """The threshold and the fraction of the mass at it that belongs to the tail."""
+        if self.tail == 1:
+            return o.x.new_zeros(*o.x.shape[:-1], 2)
+        descending, order = o.x.sort(dim=-1, descending=True)
+        mass = o.probs.gather(-1, order).cumsum(-1)
+        wanted = self.tail * mass[..., -1:]  # of the summed mass: rounding may leave it just below 1
+        crossing = (mass < wanted).sum(-1, keepdim=True)
+        return self._split(o, descending.gather(-1, crossing), wanted)
+
+    def _split(self, o: Outcomes, threshold: Float[Tensor, "*n 1"], wanted: Float[Tensor, "*n 1"]) -> Tensor:
+        above = (o.probs * (o.x > threshold)).sum(-1, keepdim=True)
+        at = (o.probs * (o.x == threshold)).sum(-1, keepdim=True)
+        return torch.cat([threshold, ((wanted - above) / at).clamp(0.0, 1.0)], dim=-1)
+
+    def weights_at(self, o: Outcomes, scalars: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n V"]:
+        if self.tail == 1:
+            return o.probs
+        threshold, fraction = scalars.split(1, dim=-1)
+        share = (o.x > threshold).to(o.x.dtype) + fraction * (o.x == threshold)
+        return o.probs * share.div_(self.tail)
+
+    def value_at(self, o: Outcomes, scalars: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n"]:
+        return (self.weights_at(o, scalars) * o.x).sum(-1)
+
+
+@dataclass(frozen=True)
+class ERM(_ClosedForm):
+    """Entropic risk ρ(x) = (1/μ) log E exp(μx), x in nats; `mu=0` is KL, `mu → ∞` is max x.
+
+        weights ∝ p exp(μx)
+
+    As step risk it is the Rényi divergence of order 1 + μ. `mu=-1` gives weights = policy and risk 0, so that a risk-aware loss
+    becomes DPO. A risk aversion on the scale of values becomes `mu = mu_value / beta` here.
+
+    Args:
+        mu: per nat of log-ratio; ≥ 0, or exactly −1.
+
+    Sources: Ra-DPO (arXiv:2505.20359), RSA (arXiv:2512.24263).
+    """
+
+    mu: float = 5.0
+    scalar_count: ClassVar[int] = 1  # log E exp(μx)
+
+    def __post_init__(self) -> None:
+        mu = _number("ERM mu", self.mu)
+        if not (0 <= mu < math.inf or mu == -1):
+            raise ValueError(f"ERM mu is a risk aversion >= 0 per nat of log-ratio, or exactly -1 (DPO), got {self.mu}")
+
+    def scalars(self, o: Outcomes) -> Float[Tensor, "*n 1"]:
+        log_mean = (o.log_probs + self.mu * o.x).logsumexp(-1, keepdim=True)
+        if abs(self.mu) >= 0.1:
+            return log_mean
+        # Small μ: the logarithm of a number near 1 loses about 2e-7 / μ of the value in fp32. The mean of expm1 does not, but overflows.
+        excess = (o.probs * torch.expm1(self.mu * o.x)).sum(-1, keepdim=True)
+        return torch.where(excess < 1, excess.log1p(), log_mean)
+
+    def weights_at(self, o: Outcomes, scalars: Float[Tensor, "*n 1"]) -> Float[Tensor, "*n V"]:
+        if self.mu == 0:
+            return o.probs
+        return (o.log_probs + self.mu * o.x).sub_(scalars).exp_()
+
+    def value_at(self, o: Outcomes, scalars: Float[Tensor, "*n 1"]) -> Float[Tensor, "*n"]:
+        return (o.probs * o.x).sum(-1) if self.mu == 0 else scalars.squeeze(-1) / self.mu
+
+
+def encode(risk: RiskMeasure | None) -> tuple[str, list[float]]:
+    """A measure as a class name and its fields, which a custom op can carry; None is ("", [])."""
+    if risk is None:
+        return "", []
+    name = type(risk).__name__
+    if _class_named(name) is not type(risk):
+        raise ValueError(f"{name} is not a subclass of RiskMeasure: derive it, as a frozen dataclass with float fields")
+    return name, [_number(f"{name} {f.name}", getattr(risk, f.name)) for f in _fields(type(risk))]
+
+
+def decode(name: str, parameters: Sequence[float]) -> RiskMeasure | None:
+    """The measure that `encode` wrote."""
+    return _class_named(name)(*parameters) if name else None
+
+
+def _class_named(name: str) -> Callable[..., RiskMeasure]:
+    """Python's subclassing is the registry."""
+    found = [cls for cls in _subclasses(RiskMeasure) if cls.__name__ == name]
+    if len(found) > 1:
+        places = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
+        raise ValueError(f"{len(found)} risk measures are called {name} ({places}): rename one")
+    if not found:
+        raise ValueError(f"no risk measure is called {name}: define the class before the operator runs")
+    return found[0]
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _fields(cls: type[RiskMeasure]) -> tuple[dataclasses.Field, ...]:
+    if not dataclasses.is_dataclass(cls):
+        raise ValueError(
+            f"{cls.__name__} is not a dataclass: a risk measure is a frozen dataclass whose fields are floats"
+        )
+    return dataclasses.fields(cls)
+
+
+def _number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} is a number, got {value!r}")
+    return float(value)
