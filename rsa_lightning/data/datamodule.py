@@ -36,11 +36,12 @@ log = logging.getLogger(__name__)
 class PreferenceData(L.LightningDataModule):
     """Preference pairs from one file, split by prompt, tokenised once.
 
-    After `setup`: `train_pairs` and `validation_pairs` (texts), `tokenizer`, `report` (a plain dict of what was read,
+    After `setup`: `train_pairs` and `validation_pairs` (texts), `train_examples` and `validation_examples` (the same as
+    token ids), `tokenizer`, `report` (a plain dict of what was read,
     skipped and kept) and `skipped_rows` (row ids by reason).
 
     Args:
-        path: training file: .jsonl, .jsonl.gz or .parquet.
+        path: training file: .jsonl, .jsonl.gz or .parquet; or several of one format.
         format: how its rows are read: trl (prompt, chosen, rejected), hh (Anthropic HH transcripts) or
             demonstration (prompt, completion; for the warm-up only).
         validation_path: validation file of the same format; training rows that share a prompt with it are dropped.
@@ -60,7 +61,7 @@ class PreferenceData(L.LightningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         format: str = "trl",
         validation_path: str | None = None,
         validation_fraction: float = 0.1,
@@ -83,12 +84,17 @@ class PreferenceData(L.LightningDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.lengths = Lengths(max_length, prompt_length, eos_when_truncated)
-        self.path, self.format, self.validation_path = path, format, validation_path
+        self.paths = [path] if isinstance(path, str) else list(path)
+        if not self.paths:
+            raise ValueError("path: give at least one training file")
+        self.format, self.validation_path = format, validation_path
         self.validation_fraction, self.seed, self.limit = validation_fraction, seed, limit
         self.tokenizer_name, self.vocab_size = tokenizer, tokenizer_vocab_size
         self.batch_size, self.padding_side, self.num_workers = batch_size, padding_side, num_workers
         self.train_pairs: list[PreferencePair] = []
         self.validation_pairs: list[PreferencePair] = []
+        self.train_examples: list[EncodedPair] = []
+        self.validation_examples: list[EncodedPair] = []
         self.skipped_rows: dict[str, list[str]] = {}
         self.report: dict[str, Any] = {}
 
@@ -102,14 +108,14 @@ class PreferenceData(L.LightningDataModule):
             train, validation, rows = self._read()
             self.tokenizer = self._make_tokenizer(train)
             truncated = {"prompts": 0, "responses": 0}
-            self.train_pairs, self._train = self._encode(train, truncated)
-            self.validation_pairs, self._validation = self._encode(validation, truncated)
+            self.train_pairs, self.train_examples = self._encode(train, truncated)
+            self.validation_pairs, self.validation_examples = self._encode(validation, truncated)
             self._check_sides()
             self.report = self._make_report(rows, truncated)
             rank_zero_only(log.info)(summary(self.report))
-        if "rejected" in self._roles and not all(p.rejected for p in self.train_pairs + self.validation_pairs):
+        if self._stage and "rejected" in self._roles and not all(p.rejected for p in self.train_pairs + self.validation_pairs):
             raise FormatError(
-                f"{self.path}: format {self.format!r} has no rejected responses, and this stage compares them: "
+                f"{self._names}: format {self.format!r} has no rejected responses, and this stage compares them: "
                 "give it preference pairs, or use this file for a warm-up"
             )
 
@@ -117,9 +123,9 @@ class PreferenceData(L.LightningDataModule):
         """Batches in the order of `PairBatches`, which continues where the trainer stands."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         per_step = self.batch_size * self._world_size * accumulate
-        if len(self._train) < per_step:
+        if len(self.train_examples) < per_step:
             raise ValueError(
-                f"{len(self._train)} training pairs are fewer than one optimizer step takes: {per_step} (batch_size "
+                f"{len(self.train_examples)} training pairs are fewer than one optimizer step takes: {per_step} (batch_size "
                 f"{self.batch_size} x {self._world_size} processes x accumulate_grad_batches {accumulate}); "
                 "lower one of these, or give more data"
             )
@@ -127,7 +133,7 @@ class PreferenceData(L.LightningDataModule):
         if self.trainer:
             options = {"position": self._position, "limit": self.trainer.limit_train_batches}
         sampler = PairBatches(
-            len(self._train),
+            len(self.train_examples),
             self.batch_size,
             seed=self.seed,
             rank=self._rank,
@@ -135,15 +141,15 @@ class PreferenceData(L.LightningDataModule):
             accumulate=accumulate,
             **options,
         )
-        return self._loader(self._train, sampler)
+        return self._loader(self.train_examples, sampler)
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch]:
         """All validation pairs once, in order, shared evenly among the ranks."""
         smallest = 2 if "mismatched" in self._roles else 1
         batches = even_batches(
-            len(self._validation), self.batch_size, rank=self._rank, world_size=self._world_size, smallest=smallest
+            len(self.validation_examples), self.batch_size, rank=self._rank, world_size=self._world_size, smallest=smallest
         )
-        return self._loader(self._validation, batches)
+        return self._loader(self.validation_examples, batches)
 
     def test_dataloader(self) -> DataLoader[PreferenceBatch]:
         """The validation pairs: `rsa test` measures on them what `rsa validate` does."""
@@ -153,7 +159,7 @@ class PreferenceData(L.LightningDataModule):
         """What the order of batches depends on; a checkpoint carries it, so that a resumed run can be checked."""
         return {
             "sha256": list(self.report["sha256"].values()),
-            "training pairs": len(self._train),
+            "training pairs": len(self.train_examples),
             "seed": self.seed,
             "pairs per batch over all processes": self.batch_size * self._world_size,
             "lengths": dataclasses.asdict(self.lengths),
@@ -171,19 +177,23 @@ class PreferenceData(L.LightningDataModule):
 
     def _read(self) -> tuple[list[PreferencePair], list[PreferencePair], dict[str, int]]:
         """(training pairs, validation pairs, rows of each file); fills `skipped_rows`."""
-        train_file = read_pairs(self.path, self.format, limit=self.limit)
-        rows = {self.path: train_file.rows}
-        self.skipped_rows = train_file.skipped
+        pairs: list[PreferencePair] = []
+        rows: dict[str, int] = {}
+        for path in self.paths:
+            file = read_pairs(path, self.format, limit=self.limit)
+            pairs += file.pairs
+            rows[path] = file.rows
+            merge(self.skipped_rows, file.skipped)
         if self.validation_path is None:
-            train, validation = split_by_prompt(train_file.pairs, self.validation_fraction, self.seed)
+            train, validation = split_by_prompt(pairs, self.validation_fraction, self.seed)
             return train, validation, rows
         validation_file = read_pairs(self.validation_path, self.format, limit=self.limit)
         rows[self.validation_path] = validation_file.rows
         merge(self.skipped_rows, validation_file.skipped)
         held_out = {split_key(p.prompt) for p in validation_file.pairs}
-        leaking = [p.row_id for p in train_file.pairs if split_key(p.prompt) in held_out]
+        leaking = [p.row_id for p in pairs if split_key(p.prompt) in held_out]
         merge(self.skipped_rows, {"in_validation_file": leaking} if leaking else {})
-        return [p for p in train_file.pairs if split_key(p.prompt) not in held_out], validation_file.pairs, rows
+        return [p for p in pairs if split_key(p.prompt) not in held_out], validation_file.pairs, rows
 
     def _make_tokenizer(self, train: list[PreferencePair]) -> PreTrainedTokenizerBase:
         """The tokenizer named here, or the policy's, or one trained on the training pairs: never on validation text."""
@@ -206,16 +216,16 @@ class PreferenceData(L.LightningDataModule):
     def _check_sides(self) -> None:
         """Raise FormatError where nothing is left to train on, or to validate on."""
         counts = {reason: len(ids) for reason, ids in self.skipped_rows.items()}
-        if not self._train + self._validation:
-            raise FormatError(f"{self.path}: no usable pair is left (skipped: {counts}): correct these rows")
-        if not self._validation:
+        if not self.train_examples + self.validation_examples:
+            raise FormatError(f"{self._names}: no usable pair is left (skipped: {counts}): correct these rows")
+        if not self.validation_examples:
             raise FormatError(
-                f"{self.validation_path or self.path}: no pair is left for validation (skipped: {counts}): "
+                f"{self.validation_path or self._names}: no pair is left for validation (skipped: {counts}): "
                 f"raise validation_fraction ({self.validation_fraction:g}), or give a larger file"
             )
-        if not self._train:
+        if not self.train_examples:
             raise FormatError(
-                f"{self.path}: no pair is left for training (skipped: {counts}): "
+                f"{self._names}: no pair is left for training (skipped: {counts}): "
                 f"lower validation_fraction ({self.validation_fraction:g}), or give a larger file"
             )
 
@@ -224,14 +234,18 @@ class PreferenceData(L.LightningDataModule):
         return {
             "format": self.format,
             "rows": sum(rows.values()),
-            "kept": len(self._train) + len(self._validation),
+            "kept": len(self.train_examples) + len(self.validation_examples),
             "skipped": {reason: len(ids) for reason, ids in self.skipped_rows.items()},
-            "train_pairs": len(self._train),
-            "validation_pairs": len(self._validation),
+            "train_pairs": len(self.train_examples),
+            "validation_pairs": len(self.validation_examples),
             "truncated": truncated,
-            "tokens": token_statistics(self._train + self._validation),
+            "tokens": token_statistics(self.train_examples + self.validation_examples),
             "sha256": {name: fingerprint(name) for name in rows},
         }
+
+    @property
+    def _names(self) -> str:
+        return " and ".join(self.paths)
 
     @property
     def _stage(self) -> L.LightningModule | None:

@@ -82,7 +82,14 @@ def _batch_stats(policy: Policy, start: Policy, batch: PreferenceBatch, risk: Ri
     rows = batch["cu_seqlens"]
     total = {
         name: nested_risk(values.float(), rows).total.cpu()
-        for name, values in (("logp", tokens.logp), ("ratio", tokens.logratio), ("kl", tokens.kl), ("risk", tokens.risk))
+        for name, values in (
+            ("logp", tokens.logp),
+            ("ratio", tokens.logratio),
+            ("kl", tokens.kl),
+            ("risk", tokens.risk),
+        )
     }
-    sides = {name: values.chunk(2) for name, values in total.items()}  # chosen rows come first, as many as rejected ones
+    sides = {
+        name: values.chunk(2) for name, values in total.items()
+    }  # chosen rows come first, as many as rejected ones
     return PairStats(*sides["logp"], *sides["ratio"], sum(sides["kl"]) / 2, sum(sides["risk"]) / 2)

@@ -1,0 +1,98 @@
+"""The `rsa` command: one call per subcommand, and one line per user error."""
+
+import argparse
+import logging
+import sys
+import traceback
+import warnings
+
+USAGE = """usage: rsa COMMAND [options]
+
+  rsa align -c FILE [-c LAYER ...] [--output DIR] [--KEY.SUBKEY VALUE ...]
+      the whole pipeline of a YAML: its steps in order, then evaluation and report; finished steps are reused
+  rsa fit | validate | test -c FILE [-c LAYER ...] [--KEY.SUBKEY VALUE ...]
+      one stage, as a LightningCLI; `rsa fit --help` lists every key
+
+Configurations are code: their class paths are imported. Run only those you trust.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    _quiet()
+    try:
+        if command == "align":
+            return _align(arguments[1:])
+        if command in ("fit", "validate", "test"):
+            from rsa_lightning.fit import FitCLI
+
+            FitCLI(arguments)
+            return 0
+        raise ValueError(f"unknown command {command!r}: choose align, fit, validate or test")
+    except Exception as error:
+        if not _is_user_error(error):
+            raise
+        print(f"rsa: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _align(arguments: list[str]) -> int:
+    from rsa_lightning.config import dump, load_layers
+    from rsa_lightning.pipeline import align
+
+    parser = argparse.ArgumentParser(
+        prog="rsa align",
+        usage="rsa align -c FILE [-c LAYER ...] [--output DIR] [--KEY.SUBKEY VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
+    parser.add_argument("--print_config", action="store_true", help="print the merged configuration and stop")
+    known, rest = parser.parse_known_args(arguments)
+    config = load_layers(known.config, _overrides(rest))
+    if known.print_config:
+        print(dump(config), end="")
+        return 0
+    align(config)
+    return 0
+
+
+def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """["--a.b", "1", "--c=2"] -> [("a.b", "1"), ("c", "2")]"""
+    pairs: list[tuple[str, str]] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not argument.startswith("--"):
+            raise ValueError(f"expected --KEY VALUE, got {argument!r}")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            try:
+                value = next(remaining)
+            except StopIteration:
+                raise ValueError(f"--{key} needs a value") from None
+        pairs.append((key, value))
+    return pairs
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether one of our own modules (or the parser) raised it with a message for the user, rather than a bug."""
+    deepest = list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", "")
+    ours = deepest.split(".")[0] in ("rsa_lightning", "rsa_kernels", "jsonargparse")
+    return ours and isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError, ImportError, argparse.ArgumentError))
+
+
+def _quiet() -> None:
+    """Keeps the terminal for what the user asked: progress, warnings and results."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""YAML layers and dotted overrides, merged into one plain dict."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; configurations mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def load_layers(files: Iterable[str | Path], overrides: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+    """Merges YAML files in order, later ones winning key by key, then sets each dotted override, read as YAML.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file or the override.
+    """
+    config: dict[str, Any] = {}
+    for file in files:
+        config = merge(config, load_file(file))
+    for key, text in overrides:
+        config = merge(config, nest(key, parse(text, f"--{key}")))
+    return config
+
+
+def load_file(file: str | Path) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    value = parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a mapping of keys, got {type(value).__name__}")
+    return value
+
+
+def parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings merge, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def nest(dotted: str, value: Any) -> dict[str, Any]:
+    """nest("a.b", 1) == {"a": {"b": 1}}"""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value

@@ -1,0 +1,251 @@
+"""Policies: the only file that knows Hugging Face models. Loads, checks, owns the head, saves."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from rsa_kernels import RiskMeasure, TokenStats, linear_token_risk
+from rsa_kernels.ops import Impl
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rsa_lightning.data.tokenize import PreferenceBatch
+
+
+@dataclass
+class PolicySpec:
+    """Where a policy starts: an existing Hugging Face causal language model, or a fresh one from a configuration.
+
+    Args:
+        model: folder (or hub id) with config.json and safetensors weights.
+        config: `model_type` and the fields of its transformers configuration; weights are drawn with `seed`, and the
+            vocabulary size and special token ids come from the tokenizer.
+        tokenizer: folder (or hub id) of the tokenizer; by default the model's own.
+        dtype: dtype of the weights.
+        revision: commit of a hub id.
+        trust_remote_code: run code shipped with the model. Off unless you have read it.
+        seed: seed of fresh weights.
+    """
+
+    model: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.config is None):
+            raise ValueError(
+                "policy: give exactly one of `model` (a Hugging Face folder or hub id) and `config` (model_type and fields "
+                f"of a fresh model), got model={self.model!r} and config={self.config!r}"
+            )
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("policy.config needs `model_type`, for example llama")
+
+
+class ReferenceStates(NamedTuple):
+    """What the reference says about a batch: hidden states of the N scored positions, and the head that reads them."""
+
+    hidden: Float[Tensor, "N R"]
+    weight: Float[Tensor, "V R"] | None  # None: the policy's own head, frozen
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class RiskHead(nn.Linear):
+    """The language-model head; its forward is the token-risk op, so logits of all tokens never exist.
+
+    It must be called as a module: under sharded data parallelism its weight is whole only inside its own forward.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear, scale: float, softcap: float | None) -> "RiskHead":
+        """A head that shares (not copies) the parameters of `linear`, so that tied embeddings stay tied."""
+        head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        head.weight, head.bias = linear.weight, linear.bias
+        head.scale, head.softcap = scale, softcap
+        return head
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Float[Tensor, "N H"],
+        labels: Tensor,
+        reference: ReferenceStates | None,
+        risk: RiskMeasure | None,
+        *,
+        entropy: bool = False,
+        impl: Impl = "auto",
+    ) -> TokenStats:
+        mine: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
+        if reference is None:
+            return linear_token_risk(hidden, self.weight, None, None, labels, None, entropy=entropy, impl=impl, **mine)
+        if reference.weight is None:
+            frozen = None if self.bias is None else self.bias.detach()
+            reference = ReferenceStates(reference.hidden, self.weight.detach(), frozen, self.scale, self.softcap)
+        theirs = {"ref_bias": reference.bias, "ref_scale": reference.scale, "ref_softcap": reference.softcap}
+        return linear_token_risk(
+            hidden, self.weight, reference.hidden, reference.weight, labels, risk, entropy=entropy, impl=impl, **mine, **theirs
+        )
+
+
+class Policy(nn.Module):
+    """A causal language model whose head is a RiskHead. The root of sharding; `model` is the transformers model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        scale, softcap = _logit_scale(model.config), getattr(model.config, "final_logit_softcapping", None)
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"{type(model).__name__} has no linear language-model head, so its token risk cannot be computed")
+        if not head.weight.is_meta:
+            _check_head(model, head, scale, softcap)
+        model.set_output_embeddings(RiskHead.wrap(head, scale, softcap))
+        self.model = model
+
+    @property
+    def head(self) -> RiskHead:
+        return self.model.get_output_embeddings()
+
+    def states(self, batch: PreferenceBatch) -> Float[Tensor, "N H"]:
+        """Hidden states that predict the N response tokens of the batch."""
+        mask = batch["attention_mask"]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # equal for left and right padding
+        hidden = self.model.base_model(
+            input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, batch["positions"])
+
+    def forward(
+        self,
+        batch: PreferenceBatch,
+        reference: ReferenceStates | None,
+        risk: RiskMeasure | None,
+        *,
+        entropy: bool = False,
+        impl: Impl = "auto",
+    ) -> TokenStats:
+        """Token statistics of the batch. Without a reference only `logp` means anything, and `risk` must be None."""
+        return self.head(self.states(batch), batch["labels"], reference, risk, entropy=entropy, impl=impl)
+
+
+def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = None) -> Policy:
+    """Builds the policy on the CPU.
+
+    Raises:
+        FileNotFoundError: no such folder, or no safetensors weights in it.
+        ValueError: unknown configuration fields, damaged or incomplete weights, or a tokenizer with more ids than the model.
+    """
+    model = _from_folder(spec) if spec.model is not None else _from_config(spec, tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ValueError(
+            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids, the model's embeddings only {rows} rows. "
+            "Use the tokenizer that belongs to the model"
+        )
+    return Policy(model)
+
+
+def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes a Hugging Face folder that plain transformers loads; it appears whole or not at all."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    config = policy.model.generation_config
+    if config is not None:
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    policy.model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    fields = dict(spec.config or {})
+    model_type = fields.pop("model_type")
+    try:
+        defaults = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise ValueError(f"policy.config.model_type {model_type!r} is not known to transformers") from error
+    unknown = [name for name in fields if not hasattr(defaults, name)]
+    if unknown:
+        raise ValueError(f"policy.config has fields that {model_type} does not know: {', '.join(unknown)}")
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        fields = {"vocab_size": len(tokenizer), **ids, "pad_token_id": tokenizer.pad_token_id, **fields}
+    with torch.random.fork_rng():
+        torch.manual_seed(spec.seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=getattr(torch, spec.dtype))
+
+
+def _from_folder(spec: PolicySpec) -> PreTrainedModel:
+    source = str(spec.model)
+    _check_folder(source)
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{source} holds no *.safetensors weights. Pickled .bin or .pt weights are refused: load them once elsewhere and "
+            "write them with save_pretrained(..., safe_serialization=True)"
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            dtype=getattr(torch, spec.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"no causal language model can be read from {source!r} ({_first_line(error)})") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ValueError(f"{source} lacks {len(names)} of the model's weights (first: {names[0]}): they would be random")
+    return model
+
+
+def _check_folder(source: str) -> None:
+    """A name that looks like a path must exist: otherwise transformers would ask the hub for it."""
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise FileNotFoundError(f"{source} is not a Hugging Face folder: it has no config.json")
+    if looks_like_path and not Path(source).is_dir():
+        raise FileNotFoundError(f"there is no folder {source}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling."""
+    if getattr(config, "logits_scaling", None) is not None:
+        return 1.0 / config.logits_scaling
+    return float(getattr(config, "logit_scale", None) or 1.0)
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, head: nn.Linear, scale: float, softcap: float | None) -> None:
+    """The op must compute this model's logits: an architecture that treats them in another way is refused, not guessed."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(3, device=head.weight.device)[None] % head.weight.shape[0]
+    logits = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state) * scale
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    expected = model(input_ids=ids, use_cache=False).logits
+    model.train(was_training)
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than a linear head, a scale and a soft-cap, "
+            "so the token-risk op would not compute its distribution: this architecture is not supported"
+        )

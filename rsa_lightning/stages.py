@@ -1,0 +1,250 @@
+"""Training stages: thin LightningModules that bring batch, policy, reference and loss together."""
+
+import abc
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal, final
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from rsa_kernels import CVaR, RiskMeasure, TokenStats, nested_risk
+from rsa_kernels.ops import Impl
+from torch import Tensor
+
+from rsa_lightning.data.tokenize import ROLES, PreferenceBatch
+from rsa_lightning.losses import RSA, PreferenceLoss, PreferenceTerms, SequenceStats
+from rsa_lightning.metrics import WeightedMeans
+from rsa_lightning.models import Policy, PolicySpec, load_policy
+from rsa_lightning.optim import Schedule
+from rsa_lightning.reference import FrozenCopy, Reference
+from rsa_lightning.temperatures import Parametrization, resolve_temperature
+
+OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
+
+# max |log policy - log reference| (nats per token) on the first batch: the same weights in the same code differ by rounding only
+STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+STEP0_TOLERANCE_LOW_PRECISION = 1e-2
+
+
+class PolicyStage(L.LightningModule, abc.ABC):
+    """A policy in training: builds it, optimises it, stops on a loss that is not finite, and logs weighted means."""
+
+    roles: tuple[str, ...] = ROLES[:1]  # the rows this stage needs in a batch; the data module asks for it
+
+    def __init__(self, policy: PolicySpec, optimizer: OptimizerCallable, schedule: Schedule | None, impl: Impl) -> None:
+        super().__init__()
+        self.policy_spec, self.optimizer, self.schedule, self.impl = policy, optimizer, schedule, impl
+        self.policy: Policy | None = None
+        self._logged_step = 0
+        self._means = {"train": WeightedMeans(), "val": WeightedMeans(), "test": WeightedMeans()}
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+            self.policy = load_policy(self.policy_spec, tokenizer).train()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.schedule is None:
+            return optimizer
+        total = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule.build(optimizer, total), "interval": "step"},
+        }
+
+    @abc.abstractmethod
+    def shared_step(self, batch: PreferenceBatch, split: str) -> Tensor:
+        """The mean loss of a batch; updates the running means of `split`."""
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        loss = self.shared_step(batch, "train")
+        if not torch.isfinite(loss):  # before backward, so that the optimizer never sees it
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in batch {batch_idx} of epoch {self.current_epoch} (rows {', '.join(batch['row_ids'])}); "
+                "the weights were not updated. Lower the learning rate, or look at these rows"
+            )
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
+        step = self.global_step  # unchanged by the micro-batches that only accumulate
+        if step != self._logged_step and (step == 1 or step % self.trainer.log_every_n_steps == 0):
+            self._logged_step = step
+            means = _under("train", self._means["train"].read())
+            for logger in self.loggers:
+                logger.log_metrics(means | {"epoch": self.current_epoch}, step)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self.shared_step(batch, "val")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self.shared_step(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test")
+
+    def _log_means(self, split: str) -> None:
+        with warnings.catch_warnings():
+            # the means are already reduced over ranks, which is what this warning asks for
+            warnings.filterwarnings("ignore", message=".*sync_dist.*")
+            self.log_dict(_under(split, self._means[split].read()))
+
+
+class AlignmentStage(PolicyStage, abc.ABC):
+    """Preference alignment of a policy towards pairs, near a frozen reference.
+
+    The temperature is `loss.beta` when given; otherwise it is derived from `beta` and `lam` of the whole problem.
+
+    Args:
+        policy: where the policy starts.
+        loss: the preference loss.
+        risk: one-step risk measure of the log-ratio; trained on where the loss reads it, measured in validation always.
+        reference: the frozen model; by default a copy of the policy as it starts.
+        beta: temperature of the whole problem (default 0.1).
+        lam: multiplier of the cost (default 1).
+        parametrization: how stage temperatures follow from beta and lam.
+        discount: of the nested risk, per token.
+        optimizer: built on the trainable parameters.
+        schedule: of the learning rate; null keeps it constant.
+        impl: implementation of the token-risk op; anything but auto is binding.
+
+    Raises:
+        ValueError: the temperature is given twice or not positive, or the loss is not defined for the risk measure.
+    """
+
+    stage: ClassVar[Literal["reward", "safety"]]
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        loss: PreferenceLoss = RSA(),
+        risk: RiskMeasure = CVaR(),
+        reference: Reference | None = None,
+        beta: float | None = None,
+        lam: float | None = None,
+        parametrization: Parametrization = "total",
+        discount: float = 1.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__(policy, optimizer, schedule, impl)
+        loss.check_risk(risk)
+        temperature = resolve_temperature(self.stage, loss.beta, beta, lam, parametrization)
+        self.loss = loss.with_beta(temperature)
+        self.risk, self.discount = risk, discount
+        self.roles = ROLES if loss.needs_baseline else ROLES[:2]
+        self.__dict__["reference"] = reference or FrozenCopy()  # not a submodule: not trained, not in the checkpoint
+        self._agreement_checked = False
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        assert self.policy is not None
+        self.reference.prepare(self.policy)
+
+    def on_fit_start(self) -> None:
+        self.reference.place(self.policy)
+
+    on_validation_start = on_test_start = on_fit_start
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        if self.global_step == 0 and not self._agreement_checked:
+            self.check_agreement(batch)
+            self._agreement_checked = True
+
+    @torch.no_grad()
+    def check_agreement(self, batch: PreferenceBatch) -> None:
+        """Stops a stage whose policy is not its reference before the first update: it would learn to undo the difference.
+
+        Raises:
+            ValueError: with the largest difference and the likely cause.
+        """
+        assert self.policy is not None
+        self.policy.eval()
+        tokens = self.policy(batch, self.reference.states(batch), None, impl=self.impl)
+        self.policy.train()
+        gap = tokens.logratio.abs().max().item() if tokens.logp.numel() else 0.0
+        tolerance = STEP0_TOLERANCE.get(self.policy.head.weight.dtype, STEP0_TOLERANCE_LOW_PRECISION)
+        if not gap <= tolerance:
+            raise ValueError(
+                f"policy and reference differ before the first update: max |log policy - log reference| is {gap:.3g} nats per token "
+                f"(tolerance {tolerance:g}). The policy starts from {self.policy_spec.model or 'fresh weights'}, the reference is "
+                f"{self.reference!r}. Likely causes: they are different models (start the safety stage and its reference from the "
+                "reward-aligned model), or an adapter of an earlier stage is missing in one of them"
+            )
+
+    def sequence_stats(
+        self, batch: PreferenceBatch, risk: RiskMeasure | None
+    ) -> tuple[TokenStats, SequenceStats, SequenceStats]:
+        """Per-token statistics of the batch, and those of chosen and rejected responses."""
+        assert self.policy is not None
+        tokens = self.policy(batch, self.reference.states(batch), risk, impl=self.impl)
+        logratio = _per_row(tokens.logratio, batch)
+        total = None if tokens.risk is None else nested_risk(tokens.risk, batch["cu_seqlens"], discount=self.discount).total
+        baseline = None
+        if self.loss.needs_baseline:
+            baseline = self.all_gather(logratio[batch["roles"] == 2].detach().mean()).mean()
+
+        def side(role: int) -> SequenceStats:
+            rows = batch["roles"] == role
+            return SequenceStats(logratio[rows], None if total is None else total[rows], baseline)
+
+        return tokens, side(0), side(1)
+
+    def shared_step(self, batch: PreferenceBatch, split: str) -> Tensor:
+        # a loss that reads no risk trains without it (two label log-probs per token), and is still measured on it
+        risk = None if split == "train" and not self.loss.reads_risk else self.risk
+        tokens, chosen, rejected = self.sequence_stats(batch, risk)
+        terms = self.loss(chosen, rejected, target=batch["target"], offset=batch["offset"])
+        self._means[split].update(self._metrics(batch, tokens, chosen, rejected, terms))
+        return terms.losses.mean()
+
+    def _metrics(
+        self, batch: PreferenceBatch, tokens: TokenStats, chosen: SequenceStats, rejected: SequenceStats, terms: PreferenceTerms
+    ) -> dict[str, Tensor]:
+        """TRL's names. rewards: beta-scaled nats; logps, kl, risk: nats per response."""
+        values = {
+            "loss": terms.losses,
+            "rewards/chosen": terms.chosen_rewards,
+            "rewards/rejected": terms.rejected_rewards,
+            **_by_side("logps", _per_row(tokens.logp, batch), batch),
+        }
+        if len(terms.chosen_rewards) == len(terms.rejected_rewards):
+            margins = terms.chosen_rewards - terms.rejected_rewards
+            values["rewards/margins"] = margins
+            values["rewards/accuracies"] = (margins > 0).float() + 0.5 * (margins == 0).float()  # a tie is half right
+        if tokens.kl is not None and chosen.risk is not None and rejected.risk is not None:
+            values |= _by_side("kl", _per_row(tokens.kl, batch), batch)
+            values |= {"risk/chosen": chosen.risk, "risk/rejected": rejected.risk}
+        return values
+
+
+@final
+class RewardAlignment(AlignmentStage):
+    """Step one: towards the more helpful response, near the starting model."""
+
+    stage = "reward"
+
+
+@final
+class SafetyAlignment(AlignmentStage):
+    """Step two: towards the safer response (`chosen`), near the reward-aligned model, at the multiplier's temperature."""
+
+    stage = "safety"
+
+
+def _per_row(token_values: Float[Tensor, " N"], batch: PreferenceBatch) -> Float[Tensor, " B"]:
+    return torch.segment_reduce(token_values, "sum", offsets=batch["cu_seqlens"], initial=0)
+
+
+def _by_side(name: str, row_values: Float[Tensor, " B"], batch: PreferenceBatch) -> dict[str, Tensor]:
+    return {f"{name}/{role}": row_values[batch["roles"] == code] for code, role in enumerate(ROLES[:2])}
+
+
+def _under(prefix: str, values: dict[str, Tensor]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
