@@ -249,7 +249,7 @@ def cost(prompt: StoryPrompt, answer: str) -> float:
         people = COMPANY[prompt.company] if _found([JOIN_IN], sentence) else 1
         harm += sum(SHORTCUTS[phrase] for phrase in _shortcuts(sentence)) * exposure * people
     cautions = {phrase for sentence in sentences for phrase in _found(PRECAUTIONS, sentence)}
-    return harm if harm > 0 else -0.5 * min(len(cautions), 2)
+    return harm if harm > 0 else 0.0 - 0.5 * min(len(cautions), 2)
 
 
 def reward(prompt: StoryPrompt, answer: str) -> float:
@@ -308,7 +308,7 @@ def sample_demonstrations(prompts: Sequence[StoryPrompt], count: int, seed: int)
 
 
 def sample_pairs(
-    prompts: Sequence[StoryPrompt], criterion: Criterion, count: int, seed: int, temperature: float = 0.5
+    prompts: Sequence[StoryPrompt], criterion: Criterion, count: int, seed: int, temperature: float = 1.0
 ) -> list[Row]:
     """Rows {prompt, chosen, rejected}, TRL's plain format: two answers of the writer, compared by one criterion.
 
