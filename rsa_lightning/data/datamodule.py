@@ -37,8 +37,8 @@ class PreferenceData(L.LightningDataModule):
     """Preference pairs from one file, split by prompt, tokenised once.
 
     After `setup`: `train_pairs` and `validation_pairs` (texts), `train_examples` and `validation_examples` (the same as
-    token ids), `tokenizer`, `report` (a plain dict of what was read,
-    skipped and kept) and `skipped_rows` (row ids by reason).
+    token ids), `tokenizer`, `report` (a plain dict of what was read, skipped and kept) and `skipped_rows` (row ids by
+    reason).
 
     Args:
         path: training file: .jsonl, .jsonl.gz or .parquet; or several of one format.
@@ -85,8 +85,8 @@ class PreferenceData(L.LightningDataModule):
         prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.lengths = Lengths(max_length, prompt_length, eos_when_truncated)
         self.paths = [path] if isinstance(path, str) else list(path)
-        if not self.paths:
-            raise ValueError("path: give at least one training file")
+        if not self.paths or len(set(self.paths)) < len(self.paths):
+            raise ValueError(f"path must be one training file, or several different ones, got {self.paths}")
         self.format, self.validation_path = format, validation_path
         self.validation_fraction, self.seed, self.limit = validation_fraction, seed, limit
         self.tokenizer_name, self.vocab_size = tokenizer, tokenizer_vocab_size
@@ -113,7 +113,8 @@ class PreferenceData(L.LightningDataModule):
             self._check_sides()
             self.report = self._make_report(rows, truncated)
             rank_zero_only(log.info)(summary(self.report))
-        if self._stage and "rejected" in self._roles and not all(p.rejected for p in self.train_pairs + self.validation_pairs):
+        pairs = self.train_pairs + self.validation_pairs
+        if self._stage and "rejected" in self._roles and not all(p.rejected for p in pairs):
             raise FormatError(
                 f"{self._names}: format {self.format!r} has no rejected responses, and this stage compares them: "
                 "give it preference pairs, or use this file for a warm-up"
@@ -125,9 +126,9 @@ class PreferenceData(L.LightningDataModule):
         per_step = self.batch_size * self._world_size * accumulate
         if len(self.train_examples) < per_step:
             raise ValueError(
-                f"{len(self.train_examples)} training pairs are fewer than one optimizer step takes: {per_step} (batch_size "
-                f"{self.batch_size} x {self._world_size} processes x accumulate_grad_batches {accumulate}); "
-                "lower one of these, or give more data"
+                f"{len(self.train_examples)} training pairs are fewer than one optimizer step takes: {per_step} "
+                f"(batch_size {self.batch_size} x {self._world_size} processes x accumulate_grad_batches "
+                f"{accumulate}); lower one of these, or give more data"
             )
         options: dict[str, Any] = {}
         if self.trainer:
@@ -146,10 +147,11 @@ class PreferenceData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[PreferenceBatch]:
         """All validation pairs once, in order, shared evenly among the ranks."""
         smallest = 2 if "mismatched" in self._roles else 1
+        examples = self.validation_examples
         batches = even_batches(
-            len(self.validation_examples), self.batch_size, rank=self._rank, world_size=self._world_size, smallest=smallest
+            len(examples), self.batch_size, rank=self._rank, world_size=self._world_size, smallest=smallest
         )
-        return self._loader(self.validation_examples, batches)
+        return self._loader(examples, batches)
 
     def test_dataloader(self) -> DataLoader[PreferenceBatch]:
         """The validation pairs: `rsa test` measures on them what `rsa validate` does."""

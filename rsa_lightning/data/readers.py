@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -61,11 +62,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def check_file(path: Path) -> None:
-    """Raise FormatError unless `path` is a file with a suffix we read."""
+    """Raise FormatError unless `path` is a file we may read, with a suffix we know."""
     if path.is_dir():
         raise FormatError(f"{path} is a folder: name the file in it")
     if not path.is_file():
         raise FormatError(f"{path} does not exist: check the path (relative paths start at {Path.cwd()})")
+    if not os.access(path, os.R_OK):
+        raise FormatError(f"{path} may not be read by this user: change its permissions")
     if not path.name.endswith(JSON_LINES + PARQUET):
         raise FormatError(f"{path}: unknown suffix; readable are {', '.join(JSON_LINES + PARQUET)}")
 
@@ -76,7 +79,7 @@ def json_rows(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
         where = f"{path}, row {line_number}"
         try:
             # utf-8-sig: editors on Windows put a byte order mark first
-            row = json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+            row = json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"), object_pairs_hook=unique)
         except UnicodeDecodeError as error:
             raise FormatError(f"{where}: byte {error.start} is not UTF-8: convert the file to UTF-8") from None
         except (ValueError, RecursionError) as error:
@@ -85,6 +88,14 @@ def json_rows(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
             found = type(row).__name__
             raise FormatError(f"{where} is a JSON {found}, not an object: write one object with named columns a line")
         yield line_number, row
+
+
+def unique(items: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of these items. Raises ValueError at a repeated name, of which `dict` would silently keep the last."""
+    row = dict(items)
+    if len(row) < len(items):
+        raise ValueError("a name occurs twice in one object")
+    return row
 
 
 def lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -102,16 +113,24 @@ def lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows of a Parquet file, streamed: nothing is copied into a cache."""
-    import datasets  # seconds to import, and needed for this suffix only
-    import pyarrow
+    """The rows of a Parquet file, batch by batch: the file is neither held in memory nor copied into a cache."""
+    import pyarrow  # only this suffix needs it
+    from pyarrow import parquet
 
     try:
-        stream = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from enumerate(stream, start=1)
-    except (pyarrow.ArrowException, OSError) as error:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            check_columns(path, file.schema_arrow.names)
+            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise FormatError(f"{path} cannot be read as Parquet ({reason}): copy or write it again") from None
+
+
+def check_columns(path: Path, names: list[str]) -> None:
+    """Raise FormatError where two columns share a name: a row would silently keep one of them."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FormatError(f"{path} has several columns named {', '.join(map(repr, twice))}: rename all but one")
 
 
 def fingerprint(path: str | Path) -> str:

@@ -1,0 +1,339 @@
+"""From file to loaders: nothing is lost silently, no prompt is on both sides, interrupted runs continue in order."""
+
+import json
+import logging
+import os
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rsa_lightning.data.datamodule import PreferenceData, split_by_prompt
+from rsa_lightning.data.formats import ASSISTANT, FormatError, PreferencePair, split_key
+from rsa_lightning.data.readers import fingerprint
+
+pytestmark = [
+    # about every loader that Lightning cannot rewind itself; test_an_interrupted_run_continues_in_order shows ours can
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+SHORT = {"max_length": 48, "tokenizer_vocab_size": 280}
+
+
+def write_pairs(path: Path, n: int, prompts: int | None = None, **columns: object) -> Path:
+    """n rows in TRL's format over `prompts` different prompts (default: all different)."""
+    rows = [
+        {"prompt": f"Question {i % (prompts or n)}?", "chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(n)
+    ]
+    path.write_text("".join(json.dumps({**row, **columns}) + "\n" for row in rows))
+    return path
+
+
+class Recorder(L.LightningModule):
+    """Trains one number, and remembers which rows it saw in which epoch."""
+
+    def __init__(self, roles: tuple[str, ...] | None = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, list[str]]] = []
+        if roles:
+            self.roles = roles
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch["row_ids"]))
+        return self.weight * batch["labels"].numel()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(folder: Path, **options) -> L.Trainer:
+    defaults = {"accelerator": "cpu", "devices": 1, "logger": False, "use_distributed_sampler": False}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": "callbacks" in options,
+    }
+    return L.Trainer(default_root_dir=folder, **(defaults | quiet | options))
+
+
+def attached(data: PreferenceData, module: object = None, **trainer_state) -> PreferenceData:
+    """The data as a trainer with this state would hold it."""
+    state = {"world_size": 1, "global_rank": 0, "accumulate_grad_batches": 1, "limit_train_batches": 1.0}
+    progress = SimpleNamespace(
+        epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)),
+        epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=0))),
+    )
+    data.trainer = SimpleNamespace(lightning_module=module, fit_loop=progress, **(state | trainer_state))
+    return data
+
+
+# --- what is read, and what is reported
+
+
+def test_report_accounts_for_every_row(tmp_path, caplog):
+    path = write_pairs(tmp_path / "a.jsonl", 60)
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "p", "chosen": "", "rejected": "no"}) + "\n")
+        file.write(json.dumps({"prompt": "p", "chosen": "no", "rejected": "no"}) + "\n")
+    data = PreferenceData(str(path), **SHORT)
+    with caplog.at_level(logging.INFO, logger="rsa_lightning"):
+        data.setup()
+        data.setup()
+    report = data.report
+    assert (report["rows"], report["kept"], report["skipped"]) == (62, 60, {"empty": 1, "identical": 1})
+    assert report["train_pairs"] == len(data.train_pairs) == 60 - report["validation_pairs"]
+    assert report["sha256"] == {str(path): fingerprint(path)}
+    assert report["tokens"]["prompt"]["max"] <= 24
+    assert data.skipped_rows == {"empty": ["a.jsonl:61"], "identical": ["a.jsonl:62"]}
+    assert json.loads(json.dumps(report)) == report
+    [line] = [record.message for record in caplog.records if record.name.startswith("rsa_lightning.data")]
+    assert "62 rows; skipped: empty 1, identical 1; " in line
+
+
+def test_tokenizer_is_trained_on_the_training_side_only(tmp_path):
+    """A word that only validation text repeats is no token: it stays in pieces."""
+    train, validation = write_pairs(tmp_path / "a.jsonl", 20), tmp_path / "b.jsonl"
+    rows = [{"prompt": f"xylophone {i}", "chosen": "xylophone", "rejected": "no"} for i in range(20)]
+    validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceData(str(train), validation_path=str(validation), **SHORT)
+    data.setup()
+    assert len(data.tokenizer.tokenize("xylophone")) == len("xylophone")
+    assert len(data.tokenizer.tokenize("Question")) < len("Question")
+
+
+def test_the_policy_brings_its_tokenizer(tmp_path, tiny_llama, tiny_tokenizer):
+    path = str(write_pairs(tmp_path / "a.jsonl", 30))
+    for spec in ({"model": str(tiny_llama), "tokenizer": None}, {"model": None, "tokenizer": str(tiny_llama)}):
+        data = attached(PreferenceData(path), SimpleNamespace(policy_spec=SimpleNamespace(**spec)))
+        data.setup()
+        assert data.tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
+    named = PreferenceData(path, tokenizer=str(tiny_llama))
+    named.setup()
+    assert named.tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
+
+
+def test_several_files_are_read_as_one(tmp_path):
+    paths = [str(write_pairs(tmp_path / f"{name}.jsonl", n)) for name, n in (("a", 20), ("b", 30))]
+    data = PreferenceData(paths, **SHORT)
+    data.setup()
+    assert data.report["rows"] == len(data.train_pairs + data.validation_pairs) == 50
+    assert list(data.report["sha256"]) == paths
+    assert not {p.prompt for p in data.train_pairs} & {p.prompt for p in data.validation_pairs}
+    with pytest.raises(ValueError, match="several different ones"):
+        PreferenceData([paths[0], paths[0]])
+
+
+# --- the split
+
+
+def test_no_prompt_is_on_both_sides(tmp_path):
+    data = PreferenceData(str(write_pairs(tmp_path / "a.jsonl", 400, prompts=100)), validation_fraction=0.3, **SHORT)
+    data.setup()
+    train, validation = ({p.prompt for p in pairs} for pairs in (data.train_pairs, data.validation_pairs))
+    assert not train & validation
+    assert len(train | validation) == 100
+    assert 15 <= len(validation) <= 45  # 30 expected; 3.3 standard deviations of a binomial each way
+
+
+def test_longer_versions_of_a_dialogue_stay_with_the_shorter():
+    start = [f"\n\nHuman: question {i}{ASSISTANT}" for i in range(50)]
+    pairs = [PreferencePair(p, " a", " b") for p in start]
+    pairs += [PreferencePair(f"{p} a\n\nHuman: and?{ASSISTANT}", " c", " d") for p in start]
+    train, validation = split_by_prompt(pairs, 0.4, seed=0)
+    assert not {split_key(p.prompt) for p in train} & {split_key(p.prompt) for p in validation}
+    assert len(train) % 2 == len(validation) % 2 == 0
+    assert len(validation) > 0
+
+
+def test_more_rows_move_no_prompt_and_another_seed_does():
+    pairs = [PreferencePair(f"q{i}", "a", "b") for i in range(200)]
+    few, many = split_by_prompt(pairs[:50], 0.2, seed=1), split_by_prompt(pairs[::-1], 0.2, seed=1)
+    assert set(few[0]) <= set(many[0])
+    assert set(few[1]) <= set(many[1])
+    assert set(split_by_prompt(pairs, 0.2, seed=2)[1]) != set(many[1])
+
+
+def test_training_rows_that_share_a_prompt_with_the_validation_file_are_dropped(tmp_path):
+    train, validation = write_pairs(tmp_path / "a.jsonl", 20), write_pairs(tmp_path / "b.jsonl", 5)
+    data = PreferenceData(str(train), validation_path=str(validation), **SHORT)
+    data.setup()
+    assert data.report["skipped"] == {"in_validation_file": 5}
+    # the prompts are Question 0 to 19 and 0 to 4
+    assert [p.prompt for p in data.train_pairs] == [f"Question {i}?" for i in range(5, 20)]
+    assert len(data.validation_pairs) == 5
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 30])
+def test_validation_fraction_outside_0_1_is_an_error(fraction):
+    with pytest.raises(ValueError, match=rf"validation_fraction is a share of the prompts in \(0, 1\), got {fraction}"):
+        PreferenceData("a.jsonl", validation_fraction=fraction)
+
+
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"limit": 0}])
+def test_sizes_below_one_are_errors(option):
+    [name] = option
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        PreferenceData("a.jsonl", **option)
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    path = write_pairs(tmp_path / "a.jsonl", 8, chosen="same", rejected="same")
+    with pytest.raises(FormatError, match=r"no usable pair is left \(skipped: {'identical': 8}\)"):
+        PreferenceData(str(path), **SHORT).setup()
+
+
+def test_an_empty_side_is_an_error_with_the_fix(tmp_path):
+    path = str(write_pairs(tmp_path / "a.jsonl", 20, prompts=1))
+    with pytest.raises(FormatError, match=r"no pair is left for validation .*raise validation_fraction \(0.001\)"):
+        PreferenceData(path, validation_fraction=0.001, **SHORT).setup()
+    with pytest.raises(FormatError, match=r"no pair is left for training .*lower validation_fraction \(0.999\)"):
+        PreferenceData(path, validation_fraction=0.999, **SHORT).setup()
+
+
+def test_fewer_pairs_than_one_step_takes_is_an_error(tmp_path):
+    data = PreferenceData(str(write_pairs(tmp_path / "a.jsonl", 30)), batch_size=4, **SHORT)
+    data.setup()
+    assert len(data.train_dataloader()) >= 5
+    attached(data, world_size=2, accumulate_grad_batches=4)
+    with pytest.raises(ValueError, match=r"one optimizer step takes: 32 \(batch_size 4 x 2 processes x .* 4\)"):
+        data.train_dataloader()
+
+
+def test_demonstrations_do_for_a_warm_up_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(40)))
+    warm_up = attached(PreferenceData(str(path), format="demonstration", **SHORT), SimpleNamespace(roles=("chosen",)))
+    warm_up.setup()
+    batch = next(iter(warm_up.train_dataloader()))
+    assert batch["roles"].tolist() == [0] * 8
+    comparing = attached(PreferenceData(str(path), format="demonstration", **SHORT), SimpleNamespace())
+    with pytest.raises(FormatError, match="has no rejected responses, and this stage compares them"):
+        comparing.setup()
+
+
+# --- the loaders
+
+
+def test_the_stage_chooses_the_roles(tmp_path):
+    path = str(write_pairs(tmp_path / "a.jsonl", 40))
+    for roles, rows in [(("chosen",), 8), (("chosen", "rejected"), 16), (("chosen", "rejected", "mismatched"), 24)]:
+        data = attached(PreferenceData(path, **SHORT), SimpleNamespace(roles=roles))
+        data.setup()
+        assert next(iter(data.train_dataloader()))["input_ids"].shape[0] == rows
+        assert all(len(batch["row_ids"]) >= min(2, len(roles)) for batch in data.val_dataloader())
+
+
+def test_ranks_share_one_global_batch_and_all_validation_pairs(tmp_path):
+    path = str(write_pairs(tmp_path / "a.jsonl", 101))
+
+    def batches(kind: str, world_size: int, batch_size: int, rank: int) -> list[list[str]]:
+        data = PreferenceData(path, batch_size=batch_size, validation_fraction=0.3, **SHORT)
+        attached(data, world_size=world_size, global_rank=rank).setup()
+        return [batch["row_ids"] for batch in getattr(data, kind)()]
+
+    one = batches("train_dataloader", 1, 8, 0)
+    for world_size in (2, 4):
+        ranks = [batches("train_dataloader", world_size, 8 // world_size, rank) for rank in range(world_size)]
+        assert [[*chain(*parts)] for parts in zip(*ranks, strict=True)] == one
+        ranks = [batches("val_dataloader", world_size, 3, rank) for rank in range(world_size)]
+        assert len({len(rank) for rank in ranks}) == 1
+        everything = [row for rank in ranks for batch in rank for row in batch]
+        alone = [row for batch in batches("val_dataloader", 1, 3, 0) for row in batch]
+        assert sorted(everything) == sorted(alone)
+        assert len(set(everything)) == len(everything)
+
+
+def test_loaders_leave_the_global_generator_alone(tmp_path):
+    data = PreferenceData(str(write_pairs(tmp_path / "a.jsonl", 40)), **SHORT)
+    data.setup()
+    before = torch.get_rng_state()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_change_no_batch(tmp_path):
+    path = str(write_pairs(tmp_path / "a.jsonl", 40))
+    seen = []
+    for num_workers in (0, 2):
+        data = PreferenceData(path, num_workers=num_workers, **SHORT)
+        data.setup()
+        seen.append([batch["labels"].tolist() for batch in data.train_dataloader()])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_interrupted_run_continues_in_order(tmp_path, stop, accumulate):
+    """Two epochs in one go, and the same stopped at an optimizer step (mid-epoch or at its end) and resumed."""
+    path = str(write_pairs(tmp_path / "a.jsonl", 50))
+
+    def run(max_steps: int, checkpoint: str | None = None, **options) -> list[tuple[int, list[str]]]:
+        module = Recorder()
+        data = PreferenceData(path, batch_size=8 // accumulate, **SHORT)
+        run = trainer(tmp_path, max_epochs=3, max_steps=max_steps, accumulate_grad_batches=accumulate, **options)
+        run.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        return module.seen
+
+    whole = run(-1)
+    per_epoch = len(whole) // 3
+    assert per_epoch == 5 * accumulate
+    assert len({tuple(row for _, ids in whole[e * per_epoch :][:per_epoch] for row in ids) for e in range(3)}) == 3
+    save = ModelCheckpoint(tmp_path / "ckpt", filename="stopped", every_n_train_steps=stop)
+    first = run(stop, callbacks=[save])
+    assert first == whole[: stop * accumulate]
+    assert run(-1, str(tmp_path / "ckpt" / "stopped.ckpt")) == whole[stop * accumulate :]
+
+
+def test_resuming_on_other_data_is_refused(tmp_path):
+    path, other = write_pairs(tmp_path / "a.jsonl", 50), write_pairs(tmp_path / "b.jsonl", 60)
+    save = ModelCheckpoint(tmp_path / "ckpt", filename="stopped", every_n_train_steps=2)
+    trainer(tmp_path, max_steps=2, callbacks=[save]).fit(Recorder(), PreferenceData(str(path), **SHORT))
+    checkpoint = str(tmp_path / "ckpt" / "stopped.ckpt")
+    with pytest.raises(ValueError, match=r"other data settings \(sha256: .*training pairs: "):
+        trainer(tmp_path, max_steps=4).fit(Recorder(), PreferenceData(str(other), **SHORT), ckpt_path=checkpoint)
+    changed = PreferenceData(str(path), batch_size=4, **SHORT)
+    with pytest.raises(ValueError, match="pairs per batch over all processes: 8 then, 4 now"):
+        trainer(tmp_path, max_steps=4).fit(Recorder(), changed, ckpt_path=checkpoint)
+    # measuring on other data is no resumed run
+    trainer(tmp_path).validate(Recorder(), PreferenceData(str(other), **SHORT), ckpt_path=checkpoint, verbose=False)
+
+
+def test_settings_parse_from_the_command_line():
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(PreferenceData, "data")
+    one = parser.parse_args(["--data.path=a.jsonl", "--data.format=hh", "--data.max_prompt_length=100"])
+    assert (one.data.path, one.data.format, one.data.max_prompt_length) == ("a.jsonl", "hh", 100)
+    assert parser.parse_args(['--data.path=["a.jsonl", "b.jsonl"]']).data.path == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.skipif("RSA_TEST_DATA" not in os.environ, reason="RSA_TEST_DATA names no folder with the HH files")
+@pytest.mark.parametrize("name", ["hh_helpful_base_test", "hh_harmless_base_test"])
+def test_hh_files_become_batches(name):
+    path = Path(os.environ["RSA_TEST_DATA"]) / f"{name}.jsonl.gz"
+    data = PreferenceData(str(path), format="hh", max_length=256)
+    data.setup()
+    report = data.report
+    assert report["rows"] == report["kept"] + sum(report["skipped"].values())
+    assert set(report["skipped"]) <= {"empty", "identical", "prompt_mismatch"}  # tokenising loses none
+    keys = [{split_key(p.prompt) for p in pairs} for pairs in (data.train_pairs, data.validation_pairs)]
+    assert not keys[0] & keys[1]
+    eos = data.tokenizer.eos_token_id
+    for batch in data.train_dataloader():
+        assert batch["input_ids"].shape[1] <= 256
+        ends = batch["cu_seqlens"][1:] - 1
+        assert (batch["labels"][ends] == eos).all()
+        assert (batch["labels"] == eos).sum() == len(ends)
