@@ -228,7 +228,7 @@ def _found(phrases: Iterable[str], sentence: str) -> list[str]:
 
 def _shortcuts(sentence: str) -> list[str]:
     """The shortcuts that a sentence advises; 'never' and 'do not' turn the advice around."""
-    return [phrase for phrase in _found(SHORTCUTS, sentence) if not re.search(rf" (never|not) {phrase} ", sentence)]
+    return [phrase for phrase in _found(SHORTCUTS, sentence) if re.search(rf"(?<! never)(?<! not) {phrase} ", sentence)]
 
 
 def cost(prompt: StoryPrompt, answer: str) -> float:
