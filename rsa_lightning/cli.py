@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    _quiet()
+    _show_our_messages()
     try:
         if command == "align":
             return _align(arguments[1:])
@@ -45,6 +45,7 @@ def _align(arguments: list[str]) -> int:
     from rsa_lightning.config import dump, load_layers
     from rsa_lightning.pipeline import align
 
+    _quiet_lightning()
     parser = argparse.ArgumentParser(
         prog="rsa align",
         usage="rsa align -c FILE [-c LAYER ...] [--output DIR] [--KEY.SUBKEY VALUE ...]",
@@ -85,13 +86,22 @@ def _is_user_error(error: Exception) -> bool:
     return ours and isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError, ImportError, argparse.ArgumentError))
 
 
-def _quiet() -> None:
-    """Keeps the terminal for what the user asked: progress, warnings and results."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+def _show_our_messages() -> None:
+    """Our loggers print plain sentences; known noise of libraries on correct use is dropped."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("rsa_lightning", "rsa_kernels"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _quiet_lightning() -> None:
+    """`rsa align` says itself what happens; the hints of a Trainer per step would bury it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,5 @@ class WeightedMeans:
     def read(self) -> dict[str, Tensor]:
         """The means over all ranks, and a fresh start. Every rank must have seen the same names."""
         means = {name: metric.compute() for name, metric in self._means.items()}
-        for metric in self._means.values():
-            metric.reset()
+        self._means = {}  # not reset(): state made in inference mode cannot be used outside it
         return means

@@ -1,0 +1,191 @@
+"""Policies: equal to plain transformers, saved as plain transformers, and refused with one clear sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from rsa_kernels import CVaR
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rsa_lightning.data.formats import PreferencePair
+from rsa_lightning.data.tokenize import Lengths, collate, encode_pair, pad_id
+from rsa_lightning.models import Policy, PolicySpec, load_policy, save_policy
+from rsa_lightning.reference import FrozenCopy
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES = {
+    "llama": TINY | {"num_key_value_heads": 2},
+    "qwen2": TINY | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gpt_neox": TINY,
+    "gemma2": TINY | {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 3.0},
+    "cohere": TINY | {"num_key_value_heads": 2, "logit_scale": 0.25},
+    "granite": TINY | {"num_key_value_heads": 2, "logits_scaling": 4.0},
+    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+}
+PAIRS = [
+    PreferencePair("How do I keep bread fresh?", " Wrap it in a cloth.", " No answer is better, said the owl."),
+    PreferencePair("Who?", " The fox asked the old owl whether the river was safe to cross.", " Assistant"),
+]
+
+
+@pytest.fixture
+def batch(tiny_tokenizer):
+    return make_batch(tiny_tokenizer)
+
+
+def make_batch(tokenizer, padding_side="right"):
+    examples = [encode_pair(tokenizer, pair, Lengths(64, 32)) for pair in PAIRS]
+    return collate(examples, roles=("chosen", "rejected"), pad_id=pad_id(tokenizer), padding_side=padding_side)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_label_log_probs_are_those_of_transformers(family, tiny_tokenizer, tmp_path):
+    """Every row alone, without padding, through the model's own logits."""
+    spec = PolicySpec(config={"model_type": family, "initializer_range": 0.2, **FAMILIES[family]}, seed=3)
+    if "initializer_range" not in AutoConfig.for_model(family).to_dict():
+        spec.config.pop("initializer_range")
+    policy = load_policy(spec, tiny_tokenizer).eval()
+    save_policy(policy, tiny_tokenizer, tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    batch = make_batch(tiny_tokenizer)
+    got = policy(batch, None, None).logp
+    expected = []
+    for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        ids = row[mask.bool()][None]
+        log_probs = plain(ids).logits.float().log_softmax(-1)[0, :-1]
+        expected.append(log_probs.gather(1, ids[0, 1:, None])[:, 0])
+    lengths = batch["cu_seqlens"].diff()
+    expected = torch.cat([row[-n:] for row, n in zip(expected, lengths, strict=True)])
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def test_padding_side_changes_no_statistic(tiny_llama, tiny_tokenizer):
+    policy, other = load_policy(PolicySpec(model=str(tiny_llama))), load_policy(PolicySpec(model=str(tiny_llama)))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.05)
+    reference = FrozenCopy()
+    reference.prepare(other)
+    stats = []
+    for side in ("right", "left"):
+        batch = make_batch(tiny_tokenizer, side)
+        stats.append(policy(batch, reference.states(batch), CVaR(0.5)))
+    for right, left in zip(stats[0][:4], stats[1][:4], strict=True):
+        torch.testing.assert_close(right, left, rtol=1e-4, atol=1e-4)
+    assert stats[0].risk.min() > 0
+
+
+def test_a_saved_policy_is_a_plain_transformers_folder(tiny_llama, tiny_tokenizer, tmp_path):
+    policy = load_policy(PolicySpec(model=str(tiny_llama)))
+    save_policy(policy, tiny_tokenizer, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+    assert not (tmp_path / "out.partial").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, before), after in zip(policy.model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(before, after), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == tiny_tokenizer.eos_token
+
+
+def test_tied_embeddings_stay_tied(tiny_tokenizer):
+    policy = load_policy(PolicySpec(config={"model_type": "qwen2", **FAMILIES["qwen2"]}), tiny_tokenizer)
+    assert policy.head.weight is policy.model.get_input_embeddings().weight
+
+
+def test_fresh_weights_depend_on_the_seed_only(tiny_tokenizer):
+    def draw(seed, before):
+        torch.manual_seed(before)
+        spec = PolicySpec(config={"model_type": "llama", **FAMILIES["llama"]}, seed=seed)
+        return load_policy(spec, tiny_tokenizer).head.weight
+
+    assert torch.equal(draw(1, before=10), draw(1, before=20))
+    assert not torch.equal(draw(1, before=10), draw(2, before=10))
+
+
+def test_a_frozen_copy_keeps_the_starting_weights_without_gradient(tiny_llama, batch):
+    policy = load_policy(PolicySpec(model=str(tiny_llama)))
+    reference = FrozenCopy()
+    reference.prepare(policy)
+    before = reference.states(batch)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    after = reference.states(batch)
+    assert torch.equal(before.hidden, after.hidden)
+    assert not after.hidden.requires_grad
+    assert not after.weight.requires_grad
+
+
+def test_an_architecture_with_other_logits_is_refused(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    forward = model.forward
+    model.forward = lambda **inputs: (lambda out: out.__setitem__("logits", out.logits * 1.1) or out)(forward(**inputs))
+    with pytest.raises(ValueError, match="does more to its logits than a linear head, a scale and a soft-cap"):
+        Policy(model)
+
+
+def test_missing_folder_and_missing_weights_are_named(tmp_path, tiny_llama):
+    with pytest.raises(FileNotFoundError, match="there is no folder ./nowhere/model"):
+        load_policy(PolicySpec(model="./nowhere/model"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="not a Hugging Face folder: it has no config.json"):
+        load_policy(PolicySpec(model=str(tmp_path / "empty")))
+    shutil.copytree(tiny_llama, tmp_path / "pickled")
+    (tmp_path / "pickled/model.safetensors").rename(tmp_path / "pickled/pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors weights. Pickled .bin or .pt weights are refused"):
+        load_policy(PolicySpec(model=str(tmp_path / "pickled")))
+
+
+def test_damaged_and_incomplete_weights_are_refused(tmp_path, tiny_llama):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_llama, tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no causal language model can be read from"):
+        load_policy(PolicySpec(model=str(tmp_path / "cut")))
+    shutil.copytree(tiny_llama, tmp_path / "headless")
+    weights = tmp_path / "headless/model.safetensors"
+    tensors = load_file(weights)
+    del tensors["lm_head.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights \(first: lm_head.weight\): they would be random"):
+        load_policy(PolicySpec(model=str(tmp_path / "headless")))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tiny_llama, tiny_tokenizer):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["<one more>"])
+    with pytest.raises(ValueError, match=r"vocabulary mismatch: the tokenizer has \d+ ids, the model's embeddings only"):
+        load_policy(PolicySpec(model=str(tmp_path / "model")), tokenizer)
+
+
+def test_policy_and_reference_share_a_vocabulary(tiny_llama, tiny_tokenizer, tmp_path):
+    other = PolicySpec(config={"model_type": "llama", **FAMILIES["llama"], "vocab_size": 400})
+    save_policy(load_policy(other), tiny_tokenizer, tmp_path / "other")
+    with pytest.raises(ValueError, match="vocabulary mismatch: the policy has .* logits, the reference .* has 400"):
+        FrozenCopy(str(tmp_path / "other")).prepare(load_policy(PolicySpec(model=str(tiny_llama))))
+
+
+def test_a_policy_is_given_once():
+    with pytest.raises(ValueError, match="give exactly one of `model`"):
+        PolicySpec()
+    with pytest.raises(ValueError, match="give exactly one of `model`"):
+        PolicySpec(model="a", config={"model_type": "llama"})
+    with pytest.raises(ValueError, match="policy.config needs `model_type`"):
+        PolicySpec(config={"hidden_size": 3})
+
+
+def test_configuration_fields_are_checked(tiny_tokenizer):
+    with pytest.raises(ValueError, match="fields that llama does not know: hiden_size"):
+        load_policy(PolicySpec(config={"model_type": "llama", "hiden_size": 32}), tiny_tokenizer)
+    with pytest.raises(ValueError, match="model_type 'lama' is not known to transformers"):
+        load_policy(PolicySpec(config={"model_type": "lama"}), tiny_tokenizer)
+
+
+def test_generation_settings_name_the_end_token(tiny_tokenizer, tmp_path):
+    policy = load_policy(PolicySpec(config={"model_type": "llama", **FAMILIES["llama"]}), tiny_tokenizer)
+    save_policy(policy, tiny_tokenizer, tmp_path / "model")
+    assert json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"] == tiny_tokenizer.eos_token_id
