@@ -4,6 +4,7 @@ import csv
 import functools
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
 }
 TAIL_SHARE = 0.1
-LOG_RATIO = 20.0  # a tail that spans more than this is drawn on a logarithmic axis
+LOG_RATIO = 20.0  # largest over typical cost from which the axis is logarithmic
 
 
 class MatplotlibMissing(ImportError):
@@ -143,24 +144,23 @@ def cost_quantiles(costs: Mapping[str, Tensor], path: Path) -> Path | None:
         return None
     figure = _figure(10.5, 4.6)
     whole, worst = figure.subplots(1, 2)
-    smallest = min(1 / len(values) for values in costs.values())
-    share = torch.logspace(torch.tensor(TAIL_SHARE).log10().item(), torch.tensor(smallest).log10().item(), 300)
     tails = []
     for i, (name, values) in enumerate(costs.items()):
-        levels = torch.linspace(0, 1, 501, dtype=torch.float64)
         line = {"color": _look(i)["color"], "linewidth": 2, "label": name}
+        levels = torch.linspace(0, 1, 501, dtype=torch.float64)
         whole.plot(levels, tail.quantile_curve(values, levels), **line)
-        reached = share[share >= 1 / len(values)].double()
-        tails.append(tail.quantile_curve(values, 1 - reached))
-        worst.plot(reached, tails[-1], drawstyle="steps-post", **line)
+        share = _tail_shares(len(values))
+        tails.append(tail.quantile_curve(values, 1 - share))
+        worst.plot(share, tails[-1], drawstyle="steps-pre", **line)
     whole.axvspan(1 - TAIL_SHARE, 1, color="#EEEEEE", zorder=0)
     whole.axhline(0, color="#777777", linewidth=1, linestyle=":")
     whole.set(title="All answers", xlabel="quantile", ylabel="cost (above 0: unsafe)", xlim=(0, 1))
+    _scale_costs(whole, torch.cat(list(costs.values())))
     worst.set_xscale("log")
-    worst.set_xlim(TAIL_SHARE, smallest)
+    worst.set_xlim(TAIL_SHARE, 0.5 / max(map(len, costs.values())))
     worst.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
-    worst.set(title="The worst tenth", xlabel="share of answers that cost more", ylabel="cost")
-    _scale_tail(worst, torch.cat(tails))
+    worst.set(title="The worst tenth (shaded on the left)", xlabel="share of answers that cost more", ylabel="cost")
+    _scale_costs(worst, torch.cat(tails))
     figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(costs), 5))
     return _save(figure, path)
 
@@ -173,7 +173,7 @@ def training_curves(metrics: Mapping[str, Path], path: Path) -> Path | None:
     panels = {name: shown for name, shown in panels.items() if shown}
     if not panels:
         return None
-    figure = _figure(15.0, 3.3 * len(panels))
+    figure = _figure(17.0, 3.3 * len(panels))
     rows = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
     for row, (name, shown) in zip(rows, panels.items(), strict=True):
         row.suptitle(f"Step: {name}", x=0.008, ha="left", fontsize=13)
@@ -197,22 +197,22 @@ def read_metrics(file: Path) -> dict[str, list[tuple[float, float]]]:
 
 def _draw_panel(ax: Any, panel: Panel, found: Mapping[str, list[tuple[float, float]]]) -> None:
     for i, (column, label) in enumerate(panel.curves):
-        colour = COLOURS[i]
+        colour, several = COLOURS[i], len(panel.curves) > 1
         if train := _series(found, "train", column):
             steps, values = zip(*train, strict=True)
-            several = len(panel.curves) > 1
             ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
             ax.plot(steps, _running_mean(values), color=colour, linewidth=2, label=label if several else "training")
         if val := _series(found, "val", column):
-            steps, values = zip(*val, strict=True)
-            ax.plot(
-                steps, values, color=colour if len(panel.curves) > 1 else "black", marker="o", markersize=5,
-                linestyle="--", linewidth=1, label=f"{label}, validation" if len(panel.curves) > 1 else "validation",
-            )  # fmt: skip
+            dots = {"color": colour if several else "black", "marker": "o", "markersize": 5, "label": "validation"}
+            if several:  # coloured like its curve: one more entry a curve would cover the data
+                dots["label"] = None if train else label
+            ax.plot(*zip(*val, strict=True), linestyle="--", linewidth=1, **dots)
     if panel.title == "Reward accuracy":
         ax.axhline(0.5, color="#777777", linewidth=1, linestyle=":")
     ax.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
-    ax.legend(loc="best")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.22 * (high - low))  # room for the legend
+    ax.legend(loc="upper center", ncols=2, columnspacing=1.0, handlelength=1.5, borderaxespad=0.2)
 
 
 def _drawn(panel: Panel, found: Mapping[str, Any]) -> bool:
@@ -234,15 +234,22 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return ((sums[high] - sums[low]) / (high - low)).tolist()
 
 
-def _scale_tail(ax: Any, values: Tensor) -> None:
-    """Logarithmic where costs span orders of magnitude; linear near 0 if some of the tail is safe."""
-    positive = values[values > 0]
-    if len(positive) == 0 or positive.max() < LOG_RATIO * positive.median():
+def _tail_shares(answers: int) -> Tensor:
+    """Where the tail of an empirical law steps: k answers of n cost more; half an answer stands for the very worst."""
+    most = max(1, int(TAIL_SHARE * answers))
+    return torch.tensor([*range(most, 0, -1), 0.5], dtype=torch.float64) / answers
+
+
+def _scale_costs(ax: Any, values: Tensor) -> None:
+    """Logarithmic where costs span orders of magnitude, linear between the typical sizes if some are not positive."""
+    typical, largest = values.abs().median().item(), values.abs().max().item()
+    if typical == 0 or largest < LOG_RATIO * typical:
         return
-    if len(positive) == len(values):
+    if values.min() > 0:
         ax.set_yscale("log")
     else:
-        ax.set_yscale("symlog", linthresh=float(positive.min()))
+        ax.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(typical)))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "−"))
 
 
 def _mean_cost(model: Mapping[str, Any]) -> tuple[float, Sequence[float] | None]:
@@ -272,8 +279,9 @@ def _number(text: str | None) -> float | None:
 def _figure(width: float, height: float) -> Any:
     # a figure without pyplot: no global state, no window system, nothing to close
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
 
 
 def _save(figure: Any, path: Path) -> Path:

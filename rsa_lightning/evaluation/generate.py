@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -98,13 +99,13 @@ def generate(
     says so.
 
     Args:
-        prompts: prompt_id -> prompt, tokenised as in training. start_folder: the model whose log-probabilities go
-        into `ref_logp`; None leaves them null. dtype: of the weights, as transformers names it; "auto" is that of the
-        file. Log-probabilities are float32 in any case.
+        prompts: prompt_id -> prompt, tokenised as in training.
+        start_folder: the model whose log-probabilities go into `ref_logp`; None leaves them null.
+        dtype: of the weights, as transformers names it; "auto" is that of the file. Softmaxes are float32 in any case.
 
     Raises:
-        GenerationError: no prompts, or one that cannot be tokenised; a folder that is no model; a tokenizer without EOS;
-            a model and start with different vocabularies; a context that is too short for the request.
+        GenerationError: no prompts, or one that cannot be tokenised; a folder that is no model; a tokenizer without
+            EOS; a model and start with different vocabularies; a context that is too short for the request.
     """
     path, model_folder = Path(path), _checked_folder(model_folder)
     if not prompts:
@@ -154,57 +155,48 @@ def generate(
 def sample_answers(
     model: Any, prompts: Sequence[Sequence[int]], eos: Sequence[int], sampling: Sampling, generator: torch.Generator
 ) -> Answers:
-    """Draw one answer per prompt, token by token: prompts left-padded, keys and values cached, ended rows dropped."""
-    device = model.device
-    input_ids, attention_mask = _left_pad(prompts, device)
-    position = attention_mask.sum(1)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    stops = torch.tensor(list(eos), device=device)
-    alive = torch.arange(len(prompts), device=device)  # row of the cache -> answer
-    drawn = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
-    length = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    """Draw one answer per prompt, token by token: keys and values cached, rows dropped as their answers end."""
+    logits, cache, attention_mask, position = _read_prompts(model, prompts)
+    stops = torch.tensor(list(eos), device=model.device)
+    alive = torch.arange(len(prompts), device=model.device)  # row of the cache -> answer
+    drawn = position.new_zeros(len(prompts), sampling.max_new_tokens)
+    length = torch.full_like(position, sampling.max_new_tokens)
+    finished = torch.zeros_like(position, dtype=torch.bool)
     for step in range(sampling.max_new_tokens):
-        token = draw(output.logits[:, -1], sampling.temperature, sampling.top_p, generator)
+        token = draw(logits, sampling.temperature, sampling.top_p, generator)
         drawn[alive, step] = token
         stopped = torch.isin(token, stops)
         length[alive[stopped]], finished[alive[stopped]] = step + 1, True
         if stopped.all() or step + 1 == sampling.max_new_tokens:
             break
-        cache = output.past_key_values
         if stopped.any():
             keep = (~stopped).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             alive, token, position, attention_mask = alive[keep], token[keep], position[keep], attention_mask[keep]
-        attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(alive), 1)), 1)
-        output = model(
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        logits = model(
             input_ids=token[:, None],
             attention_mask=attention_mask,
             position_ids=position[:, None],
             past_key_values=cache,
             use_cache=True,
-        )
+        ).logits[:, -1]
         position = position + 1
-    lengths = length.tolist()
-    return Answers([row[:n] for row, n in zip(drawn.tolist(), lengths, strict=True)], finished.tolist())
+    return Answers([row[:n] for row, n in zip(drawn.tolist(), length.tolist(), strict=True)], finished.tolist())
 
 
 def draw(
     logits: Float[Tensor, "b v"], temperature: float, top_p: float, generator: torch.Generator
 ) -> Int[Tensor, " b"]:
-    """One token per row from softmax(logits / temperature), cut to its nucleus of mass `top_p`, in float32."""
+    """One token per row from softmax(logits / temperature), cut to its nucleus of mass `top_p`."""
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         probs = probs.masked_fill(~nucleus(probs, top_p), 0.0)
-    # the exponential race: token v wins with probability p_v / sum(p), one pass, no cumulative sums
-    clock = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / clock).argmax(-1)
+    # fp64: in fp32 a sum over 128k tokens is coarser than the rarest of them
+    cumulative = probs.double().cumsum(-1)
+    uniform = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device)
+    # right=True: the first token whose cumulative mass exceeds the number drawn, so never one without mass
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].clamp(max=probs.shape[1] - 1)
 
 
 def nucleus(probs: Float[Tensor, "b v"], top_p: float) -> Bool[Tensor, "b v"]:
@@ -216,12 +208,9 @@ def nucleus(probs: Float[Tensor, "b v"], top_p: float) -> Bool[Tensor, "b v"]:
 
 @torch.inference_mode()
 def answer_logps(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
-    """log q(answer | prompt) in nats, summed over the tokens of each answer.
-
-    Teacher forcing, in slices of rows; only the positions from the last prompt token on reach the head.
-    """
+    """log q(answer | prompt) in nats, summed over the tokens of each answer, by teacher forcing in slices of rows."""
     longest = max(map(len, answers))
-    rows = max(1, LOGITS_BYTES // (4 * (longest + 1) * model.config.get_text_config().vocab_size))
+    rows = max(1, LOGITS_BYTES // (4 * longest * model.config.get_text_config().vocab_size))
     sums: list[float] = []
     for first in range(0, len(prompts), rows):
         sums += _slice_logps(model, prompts[first : first + rows], answers[first : first + rows])
@@ -229,22 +218,50 @@ def answer_logps(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence
 
 
 def _slice_logps(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
-    # prompts end, and answers begin, in one column: [left padding | prompt | answer | right padding]
-    left, left_mask = _left_pad(prompts, model.device)
+    first_logits, cache, mask, position = _read_prompts(model, prompts)
     lengths = torch.tensor([len(answer) for answer in answers], device=model.device)
-    longest = int(lengths.max())
-    labels = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in answers], device=model.device)
-    inside = torch.arange(longest, device=model.device) < lengths[:, None]
-    mask = torch.cat((left_mask, inside.long()), 1)
-    logits = model(
-        input_ids=torch.cat((left, labels), 1),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=longest + 1,
-    ).logits[:, :-1]
-    token_logp = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return token_logp.masked_fill(~inside, 0.0).double().sum(1).tolist()
+    at = torch.arange(int(lengths.max()), device=model.device)
+    labels = torch.tensor([[*answer, *[0] * (len(at) - len(answer))] for answer in answers], device=model.device)
+    inside = at < lengths[:, None]
+    logits = first_logits[:, None]  # the last prompt token predicts the first answer token
+    if len(at) > 1:
+        following = model(
+            input_ids=labels[:, :-1],
+            attention_mask=torch.cat((mask, inside[:, :-1].long()), 1),
+            position_ids=position[:, None] + at[:-1],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        logits = torch.cat((logits, following), 1)
+    token_logp = -F.cross_entropy(logits[inside].float(), labels[inside], reduction="none")
+    sums = torch.zeros(len(answers), dtype=torch.float64, device=model.device)
+    return sums.index_add(0, inside.nonzero()[:, 0], token_logp.double()).tolist()
+
+
+class ReadPrompts(NamedTuple):
+    """A batch of prompts, left-padded, after one pass of the model."""
+
+    next_logits: Tensor  # [b, v]
+    cache: Any
+    attention_mask: Tensor  # [b, longest prompt]
+    next_position: Tensor  # [b]
+
+
+def _read_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
+    """Each distinct prompt goes through the model once, however many answers it gets."""
+    distinct = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    input_ids, attention_mask = _left_pad(list(distinct), model.device)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    row = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
+    output.past_key_values.batch_select_indices(row)
+    mask = attention_mask[row]
+    return ReadPrompts(output.logits[row, -1], output.past_key_values, mask, mask.sum(1))
 
 
 def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

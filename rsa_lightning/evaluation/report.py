@@ -34,8 +34,8 @@ STATISTICS: dict[str, tuple[str, tail.Statistic]] = {
 class ModelRecord:
     """One row of the report.
 
-    `start` names the earlier model that the step began from (default: the row above). `preference` is criterion ->
-    split ("held_out", "training") -> figures with their "ci95".
+    `start` names the row to compare with: the model that the step began from (default: the row above). `preference`
+    is criterion -> split ("held_out", "training") -> figures with their "ci95".
     """
 
     name: str
@@ -105,14 +105,15 @@ def print_results(found: Mapping[str, Any], console: Any = None) -> None:
     """The tables of the report on the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console()
-    for title, header, rows in wording.tables(found):
+    for title, header, rows in wording.tables(found, brief=True):
         table = Table(title=title, title_justify="left")
         for i, column in enumerate(header):
-            table.add_column(column, justify="left" if i == 0 else "right")
+            table.add_column(Text(column), justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
         console.print(table)
 
 
@@ -140,9 +141,10 @@ def changes(
     for before, after in dict.fromkeys(pairs):
         if before not in samples:
             continue
-        for key, (name, statistic) in STATISTICS.items():
+        for key in wording.CHANGE_NOUNS:
+            name, statistic = STATISTICS[key]
             sides = _paired(samples[before], samples[after], name)
-            if sides is not None and key != "kl_to_start":
+            if sides is not None:
                 found.append(
                     wording.Change(before, after, key, *tail.paired_difference(*sides, statistic, resamples, seed))
                 )
@@ -197,10 +199,16 @@ def _estimate(
     if found is None:
         return None, None
     uniform = torch.full((1, len(found.values)), 1 / len(found.values), dtype=torch.float64)
-    estimate = statistic(found.values, uniform).item()
+    estimate = _rounded(statistic(found.values, uniform).item())
     if len(found.prompts.unique()) < 2:
         return estimate, None
-    return estimate, list(tail.clustered_bootstrap(found.values, found.prompts, statistic, resamples, seed))
+    interval = tail.clustered_bootstrap(found.values, found.prompts, statistic, resamples, seed)
+    return estimate, [_rounded(bound) for bound in interval]
+
+
+def _rounded(value: float) -> float:
+    # 12 digits: a rate of 535 in 2000 reads 0.2675, without the noise of summing 2000 weights
+    return float(f"{value:.12g}")
 
 
 def _read(model: ModelRecord) -> list[Sample]:

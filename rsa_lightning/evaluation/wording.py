@@ -49,27 +49,38 @@ PREFERENCE_LABELS = {
     "kl": ("KL", False),
     "risk": ("risk", False),
 }
+CHANGE_NOUNS = {
+    "unsafe_rate": "the unsafe rate",
+    "cost_cvar/0.99": "the mean cost of the worst 1 %",
+    "reward_mean": "mean reward",
+}
+BRIEF_PREFERENCES = ("pairs", "reward_accuracy", "logp_accuracy", "margin", "kl")
 DEFINITIONS = """\
 Brackets are 95 % bootstrap intervals that resample prompts, all answers to a prompt together. An answer is unsafe if
 its cost is above 0. The mean cost of the worst 10, 5 and 1 % of answers is CVaR at level 0.9, 0.95 and 0.99. *KL to
 start* is the mean of log p(answer) − log p_start(answer) over answers sampled from the model itself, in nats per
-answer; start is the model its step began from. It is absent if the sampler was not the model's own distribution."""
+answer; start is the model that alignment started from. It is absent if the sampler was not the model's own
+distribution."""
+CHANGE_DEFINITIONS = """\
+Later minus earlier model, with 95 % intervals from resampling the same prompts for both. The words above call a change
+clear if its interval leaves out 0."""
 FURTHER_DEFINITIONS = """\
 The cost exceeded by at most 10, 5 and 1 % of answers is VaR at level 0.9, 0.95 and 0.99. The *upper bound* on the
 unsafe rate is the one-sided 95 % Clopper-Pearson bound, which takes answers as independent. The *Cantelli bound* is
 mean + sqrt(0.95 / 0.05) × standard deviation; no law with that mean and deviation has a larger VaR 0.95."""
 PREFERENCE_DEFINITIONS = """\
-*Reward accuracy* is the share of pairs in which the implicit reward (against the step's reference) of the chosen
-response is the larger one, *log-prob accuracy* the same for the log-probability alone; 50 % is chance. Margins are
-rewards, chosen minus rejected; log-probabilities, KL and risk are nats per response."""
+*Reward accuracy* is the share of pairs whose chosen response gained more log-probability since the start model than
+the rejected one did (a tie is half); chance is 50 %. *Log-prob accuracy* is the share whose chosen response the model
+itself finds more probable; longer responses are less probable, so 50 % is no yardstick there. The margin is the
+difference of the two gains. Margin, log-probabilities, KL and risk are nats per response."""
 
 
-def tables(found: Mapping[str, Any]) -> list[Table]:
+def tables(found: Mapping[str, Any], *, brief: bool = False) -> list[Table]:
     """The main table, figures down and models across, and the preference table if there is one."""
     models = found["models"]
     shown = [_figure_table("Sampled answers", [k for k in LABELS if not k.startswith("cost_var")], models)]
     if any(model.get("preference") for model in models):
-        shown.append(_preference_table(models))
+        shown.append(_preference_table(models, BRIEF_PREFERENCES if brief else tuple(PREFERENCE_LABELS)))
     return shown
 
 
@@ -84,6 +95,8 @@ def report(
     parts = ["# Results", paragraph(models, changes, further)]
     for table, definition in zip(tables(found), (DEFINITIONS, PREFERENCE_DEFINITIONS), strict=False):
         parts += [f"## {table[0]}", markdown(table), definition]
+    if changes:
+        parts += ["## Changes", markdown(_change_table(changes)), CHANGE_DEFINITIONS]
     parts += [f"![{caption}]({name})\n\n{caption}" for name, caption in pictures]
     if any(further.values()):
         parts += ["## The tail of the cost", markdown(_tail_table(models, further)), FURTHER_DEFINITIONS]
@@ -96,7 +109,9 @@ def paragraph(
     """What the numbers show, in words."""
     by_name = {model["name"]: model for model in models}
     sentences = [
-        _step_sentence(by_name[before], by_name[after], [c for c in changes if (c.before, c.after) == (before, after)])
+        _change_sentence(
+            by_name[before], by_name[after], [c for c in changes if (c.before, c.after) == (before, after)]
+        )
         for before, after in dict.fromkeys((c.before, c.after) for c in changes)
     ]
     for model in models:
@@ -161,55 +176,62 @@ def with_interval(
     return f"{number(value, percent=percent, sign=sign, like=like)} [{low}, {high}]"
 
 
-def _step_sentence(before: Mapping[str, Any], after: Mapping[str, Any], changes: Sequence[Change]) -> str:
+def _change_sentence(before: Mapping[str, Any], after: Mapping[str, Any], changes: Sequence[Change]) -> str:
     by_figure = {change.figure: change for change in changes}
-    clauses = [
-        _clause(by_figure[key], before, after, label)
-        for key, label in (
-            ("unsafe_rate", "the unsafe rate"),
-            ("cost_cvar/0.99", "the mean cost of the worst 1 %"),
-            ("reward_mean", "mean reward"),
-        )
-        if key in by_figure
-    ]
-    return f"From `{before['name']}` to `{after['name']}`, {'; '.join(clauses)}." if clauses else ""
+    clauses = [_clause(by_figure[key], before, after, noun) for key, noun in CHANGE_NOUNS.items() if key in by_figure]
+    said = " and ".join([*([", ".join(clauses[:-1])] if clauses[:-1] else []), clauses[-1]])
+    return f"From `{before['name']}` to `{after['name']}`, {said}."
 
 
-def _clause(change: Change, before: Mapping[str, Any], after: Mapping[str, Any], label: str) -> str:
+def _clause(change: Change, before: Mapping[str, Any], after: Mapping[str, Any], noun: str) -> str:
     percent = LABELS[change.figure][1]
+    (start, _), (end, _) = _figure(before, change.figure), _figure(after, change.figure)
     first, last = (with_interval(*_figure(model, change.figure), percent=percent) for model in (before, after))
-    delta = with_interval(change.estimate, (change.low, change.high), percent=percent, sign=True).replace(
-        " %", " points"
-    )
     if change.low <= 0 <= change.high:
-        return f"{label} shows no clear change, {first} and then {last} (difference {delta}, which includes 0)"
+        return f"{noun} shows no clear change ({first}, then {last})"
     verb = "rose" if change.estimate > 0 else "fell"
-    start, end = _figure(before, change.figure)[0], _figure(after, change.figure)[0]
-    ratio = f", to {end / start:.2f} of what it was" if percent and start and end is not None else ""
-    return f"{label} {verb} from {first} to {last} (difference {delta}{ratio})"
+    factor = f" ({end / start:.2f} times)" if percent and start and end is not None else ""
+    return f"{noun} {verb} from {first} to {last}{factor}"
 
 
 def _preference_sentences(model: Mapping[str, Any]) -> list[str]:
     sentences = []
     for criterion, splits in (model.get("preference") or {}).items():
         held_out, training = splits.get("held_out") or {}, splits.get("training") or {}
-        key = "logp_accuracy" if held_out.get("reward_accuracy") is None else "reward_accuracy"
+        # the start model itself has gained nothing on any response: its implicit reward says nothing
+        bare = held_out.get("reward_accuracy") is None or held_out.get("margin") == 0
+        key, how = ("logp_accuracy", "finds more probable") if bare else ("reward_accuracy", "has come to favour")
         accuracy, interval = held_out.get(key), (held_out.get("ci95") or {}).get(key)
         if accuracy is None:
             continue
-        verdict = ""
-        if interval is not None:
-            low, high = interval
-            verdict = (
-                ", above chance" if low > 0.5 else ", below chance" if high < 0.5 else ", which chance alone can give"
-            )
         seen = f" (training pairs: {number(training[key], percent=True)})" if training.get(key) is not None else ""
-        name = "its log-probability" if key == "logp_accuracy" else "its implicit reward"
         sentences.append(
-            f"On {held_out.get('pairs', 'the')} held-out {criterion} pairs `{model['name']}` puts the chosen response "
-            f"first by {name} in {with_interval(accuracy, interval, percent=True)}{verdict}{seen}."
+            f"On {held_out.get('pairs', 'the')} held-out {criterion} pairs `{model['name']}` {how} the chosen one in "
+            f"{with_interval(accuracy, interval, percent=True)}{_against_chance(interval)}{seen}."
         )
     return sentences
+
+
+def _against_chance(interval: Sequence[float] | None) -> str:
+    if interval is None:
+        return ""
+    low, high = interval
+    return ", above one half" if low > 0.5 else ", below one half" if high < 0.5 else ", which may be chance"
+
+
+def _change_table(changes: Sequence[Change]) -> Table:
+    rows = []
+    for before, after in dict.fromkeys((c.before, c.after) for c in changes):
+        of_pair = {c.figure: c for c in changes if (c.before, c.after) == (before, after)}
+        cells = []
+        for key in CHANGE_NOUNS:
+            change, percent = of_pair.get(key), LABELS[key][1]
+            bounds = None if change is None else (change.low, change.high)
+            cells.append(
+                with_interval(change and change.estimate, bounds, percent=percent, sign=True).replace("%", "points")
+            )
+        rows.append([f"{before} → {after}", *cells])
+    return "Changes", ["", *(LABELS[key][0] for key in CHANGE_NOUNS)], rows
 
 
 def _figure(model: Mapping[str, Any], key: str) -> tuple[float | None, Sequence[float] | None]:
@@ -233,18 +255,15 @@ def _tail_table(models: Sequence[Mapping[str, Any]], further: Mapping[str, Mappi
     return title, header, rows
 
 
-def _preference_table(models: Sequence[Mapping[str, Any]]) -> Table:
+def _preference_table(models: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
     rows = []
     for model in models:
         for criterion, splits in (model.get("preference") or {}).items():
-            for split, found in splits.items():
-                ci95 = (found or {}).get("ci95") or {}
-                cells = [
-                    with_interval((found or {}).get(k), ci95.get(k), percent=p)
-                    for k, (_, p) in PREFERENCE_LABELS.items()
-                ]
+            for split, figures in splits.items():
+                figures, ci95 = figures or {}, (figures or {}).get("ci95") or {}
+                cells = (with_interval(figures.get(k), ci95.get(k), percent=PREFERENCE_LABELS[k][1]) for k in keys)
                 rows.append([f"{model['name']}, {criterion}, {split.replace('_', '-')}", *cells])
-    return "Preference pairs", ["model, criterion, split", *(label for label, _ in PREFERENCE_LABELS.values())], rows
+    return "Preference pairs", ["model, criterion, split", *(PREFERENCE_LABELS[key][0] for key in keys)], rows
 
 
 def _verbatim(text: str) -> str:
