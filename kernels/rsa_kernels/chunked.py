@@ -1,7 +1,8 @@
-"""The memory-bounded path: one loop over tokens, logits of one chunk at a time, recomputed in backward.
+"""The memory-bounded path: one loop over tokens, logits of one chunk at a time, computed again in backward.
 
-The loop takes a row pair (`rows.py`), so that other row functions run in the same loop. Forward and backward of each operator are opaque
-custom operators, one node each for `torch.compile`. Nothing here holds N·V elements unless one chunk covers all N tokens.
+The loop takes a row pair (`rows.py`), so that other row functions run in the same loop. Forward and backward of each
+operator are opaque custom operators, one node each for `torch.compile`. Unless one chunk covers all N tokens, nothing
+here holds N·V elements.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,28 +18,25 @@ from rsa_kernels.rows import TORCH_ROWS, RowGradients, RowOptions, RowPair
 ROW_PAIRS: dict[str, RowPair] = {"chunked": TORCH_ROWS}
 
 MIB = 2**20
-# On a CPU small enough for the temporaries of a chunk to stay in its caches; on a GPU large enough to read and write the weight
-# gradient, once per chunk, in a tenth of the time of the matrix products.
-WORKSPACE_BYTES = {"cpu": 16 * MIB, "cuda": 512 * MIB}
+# On a CPU small enough for the temporaries of a chunk to stay in its caches; on a GPU large enough for the weight
+# gradient, which is read and written once per chunk, to cost little beside the matrix products.
+WORKSPACE_BYTES = {"cpu": 64 * MIB, "cuda": 512 * MIB}
 
-Project = Callable[
-    [slice], tuple[Tensor, Tensor | None]
-]  # rows -> logits of policy and reference, free to be overwritten
+Project = Callable[[slice], tuple[Tensor, Tensor | None]]  # rows -> logits of policy and reference, to be overwritten
 Sink = Callable[[slice, Tensor], None]  # rows and the gradient of their policy logits
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # logp, ref_logp, risk, kl, entropy [N], saved [N, K]
+Maybe = Tensor | None
 
 
-def chunk_rows(
-    vocabulary: int, dtype: torch.dtype, device: torch.device, workspace_bytes: int | None, pair: RowPair
-) -> int:
-    """Rows per chunk within the workspace, at least one: an explicit budget is obeyed, however small."""
-    budget = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"]) if workspace_bytes is None else workspace_bytes
+def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, budget: int | None, pair: RowPair) -> int:
+    """Rows per chunk within a workspace of `budget` bytes, at least one: an explicit budget is obeyed however small."""
+    budget = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"]) if budget is None else budget
     width = 2 if dtype == torch.float64 else 1
     rows = budget // (width * pair.bytes_per_logit * max(vocabulary, 1))
     return max(1, rows if rows < 64 else rows // 64 * 64)
 
 
-# ---- the loop ---------------------------------------------------------------------------------------------------------------------
+# ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def forward_loop(
@@ -68,7 +66,7 @@ def backward_loop(
     pair: RowPair,
     rows: int,
 ) -> None:
-    """Hand the gradient of the policy logits to `sink`, chunk by chunk; dead rows get exact zeros, whatever is nan there."""
+    """Hand the gradient of the policy logits to `sink`; dead rows get exact zeros, whatever is nan there."""
     grads = RowGradients(*(None if g is None else g.to(saved.dtype).masked_fill(dead, 0.0) for g in grads))
     for chunk in _chunks(labels, rows):
         part = RowGradients(*(None if g is None else g[chunk] for g in grads))
@@ -76,7 +74,7 @@ def backward_loop(
         sink(chunk, dz.masked_fill_(dead[chunk, None], 0.0))
 
 
-def dead_rows(labels: Tensor, grads: RowGradients, ignore_index: int) -> Tensor:
+def _dead_rows(labels: Tensor, grads: RowGradients, ignore_index: int) -> Tensor:
     """Rows without a gradient: the label is ignored, or every upstream is 0."""
     alive = torch.zeros_like(labels, dtype=torch.bool)
     for grad in grads:
@@ -108,22 +106,30 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _stats(outputs: Outputs, options: RowOptions) -> TokenStats:
     """The outputs as the public type; what is constant to autograd is detached."""
     logp, ref_logp, risk, kl, entropy, _ = outputs
+    logged = entropy.detach() if options.entropy else None
     if options.risk is None:
-        return TokenStats(logp, ref_logp.detach(), None, None, entropy.detach() if options.entropy else None)
-    kl = risk if isinstance(options.risk, KL) else kl
-    return TokenStats(logp, ref_logp.detach(), risk, kl, entropy.detach() if options.entropy else None)
+        return TokenStats(logp, ref_logp.detach(), None, None, logged)
+    return TokenStats(logp, ref_logp.detach(), risk, risk if isinstance(options.risk, KL) else kl, logged)
 
 
-# ---- from logits ------------------------------------------------------------------------------------------------------------------
+# ---- from logits -----------------------------------------------------------------------------------------------------
+
+
+def token_risk(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, options: RowOptions) -> TokenStats:
+    """`naive.token_risk` of logits [N, V] without fp32 buffers of that size."""
+    pair = ROW_PAIRS["chunked"]
+    rows = chunk_rows(policy_logits.shape[1], _accumulator(policy_logits.dtype), policy_logits.device, None, pair)
+    outputs = _token_forward(policy_logits, ref_logits.detach(), labels, options.encode(), "chunked", rows)
+    return _stats(outputs, options)
 
 
 @torch.library.custom_op("rsa_kernels::token_risk", mutates_args=())
 def _token_forward(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, options: str, impl: str, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row_options = RowOptions.decode(options)
     project = _copies(policy_logits, ref_logits)
-    return forward_loop(project, labels, _accumulator(policy_logits.dtype), row_options, ROW_PAIRS[impl], rows)
+    dtype = _accumulator(policy_logits.dtype)
+    return forward_loop(project, labels, dtype, RowOptions.decode(options), ROW_PAIRS[impl], rows)
 
 
 @_token_forward.register_fake
@@ -145,38 +151,26 @@ def _token_backward(
     rows: int,
 ) -> Tensor:
     row_options, grads = RowOptions.decode(options), RowGradients(grad_logp, grad_risk, grad_kl)
-    d_logits = torch.empty_like(policy_logits, memory_format=torch.contiguous_format)
-    dead = dead_rows(labels, grads, row_options.ignore_index)
+    d_logits = policy_logits.new_empty(policy_logits.shape)
+    dead = _dead_rows(labels, grads, row_options.ignore_index)
     project = _copies(policy_logits, ref_logits if grads.needs_reference else None)
     backward_loop(project, d_logits.__setitem__, labels, grads, dead, saved, row_options, ROW_PAIRS[impl], rows)
     return d_logits
 
 
 @_token_backward.register_fake
-def _(
-    grad_logp: Tensor | None,
-    grad_risk: Tensor | None,
-    grad_kl: Tensor | None,
-    policy_logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    saved: Tensor,
-    options: str,
-    impl: str,
-    rows: int,
-) -> Tensor:
-    return torch.empty_like(policy_logits, memory_format=torch.contiguous_format)
+def _(grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe, policy_logits: Tensor, *_: Any) -> Tensor:
+    return policy_logits.new_empty(policy_logits.shape)
 
 
 def _token_setup(ctx: Any, inputs: tuple, output: Outputs) -> None:
-    policy_logits, ref_logits, labels, *ctx.constants = inputs
+    *tensors, options, impl, rows = inputs
+    ctx.constants = options, impl, rows
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(policy_logits, ref_logits, labels, output[-1])
+    ctx.save_for_backward(*tensors, output[-1])
 
 
-def _token_vjp(
-    ctx: Any, grad_logp: Tensor | None, _ref: Any, grad_risk: Tensor | None, grad_kl: Tensor | None, *_: Any
-) -> tuple:
+def _token_vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: Maybe, *_: Any) -> tuple:
     d_logits = _token_backward(grad_logp, grad_risk, grad_kl, *ctx.saved_tensors, *ctx.constants)
     return d_logits, None, None, None, None, None
 
@@ -184,29 +178,30 @@ def _token_vjp(
 _token_forward.register_autograd(_token_vjp, setup_context=_token_setup)
 
 
-def token_risk(
-    policy_logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    options: RowOptions,
-    *,
-    workspace_bytes: int | None = None,
-    impl: str = "chunked",
-) -> TokenStats:
-    """`naive.token_risk` of logits [N, V] without fp32 buffers of that size."""
-    rows = chunk_rows(
-        policy_logits.shape[-1], policy_logits.dtype, policy_logits.device, workspace_bytes, ROW_PAIRS[impl]
-    )
-    return _stats(_token_forward(policy_logits, ref_logits.detach(), labels, options.encode(), impl, rows), options)
-
-
 def _copies(policy_logits: Tensor, ref_logits: Tensor | None) -> Project:
     """Chunks of the caller's logits, copied because the rows overwrite them."""
-    copy = lambda logits, chunk: logits[chunk].to(_accumulator(logits.dtype), copy=True)  # noqa: E731
+
+    def copy(logits: Tensor, chunk: slice) -> Tensor:
+        return logits[chunk].to(_accumulator(logits.dtype), copy=True)
+
     return lambda chunk: (copy(policy_logits, chunk), None if ref_logits is None else copy(ref_logits, chunk))
 
 
-# ---- from hidden states -----------------------------------------------------------------------------------------------------------
+# ---- from hidden states ----------------------------------------------------------------------------------------------
+
+
+def linear_token_risk(
+    policy: tuple[Tensor, Tensor, Tensor | None],
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+    labels: Tensor,
+    options: RowOptions,
+    workspace_bytes: int | None = None,
+) -> TokenStats:
+    """`naive.linear_token_risk` within a workspace. `policy` and `reference` are hidden, weight and bias."""
+    weight, pair = policy[1], ROW_PAIRS["chunked"]
+    rows = chunk_rows(weight.shape[0], _accumulator(weight.dtype), weight.device, workspace_bytes, pair)
+    frozen = [None if t is None else t.detach() for t in reference]
+    return _stats(_linear_forward(*policy, *frozen, labels, options.encode(), "chunked", rows), options)
 
 
 @torch.library.custom_op("rsa_kernels::linear_token_risk", mutates_args=())
@@ -227,18 +222,8 @@ def _linear_forward(
 
 
 @_linear_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    labels: Tensor,
-    options: str,
-    impl: str,
-    rows: int,
-) -> Outputs:
+def _(hidden: Tensor, *args: Any) -> Outputs:
+    labels, options = args[-4:-2]
     return _empty_outputs(labels, _accumulator(hidden.dtype), RowOptions.decode(options))
 
 
@@ -258,24 +243,19 @@ def _linear_backward(
     options: str,
     impl: str,
     rows: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     row_options, grads = RowOptions.decode(options), RowGradients(grad_logp, grad_risk, grad_kl)
-    dead = dead_rows(labels, grads, row_options.ignore_index)
-    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0)
-    # fp32: summed in bf16 over many chunks the weight gradient drifts
-    d_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=_accumulator(weight.dtype))
-    d_bias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=_accumulator(weight.dtype))
+    dead = _dead_rows(labels, grads, row_options.ignore_index)
+    d_hidden, d_weight, d_bias = _gradient_buffers(hidden, weight, needs, _accumulator(weight.dtype))
 
     def sink(chunk: slice, dz: Tensor) -> None:
-        if needs_hidden:
+        if needs[0]:
             torch.mm(dz.to(weight.dtype), weight, out=d_hidden[chunk])
-        if needs_weight:
+        if needs[1]:
             # 0 · nan is nan: a hidden state that nobody reads must not reach the weight
             _add_outer(d_weight, dz, hidden[chunk].masked_fill(dead[chunk, None], 0.0))
-        if needs_bias:
+        if needs[2]:
             d_bias.add_(dz.sum(0))
 
     reference = (ref_hidden, ref_weight, ref_bias) if grads.needs_reference else (None, None, None)
@@ -285,30 +265,8 @@ def _linear_backward(
 
 
 @_linear_backward.register_fake
-def _(
-    grad_logp: Tensor | None,
-    grad_risk: Tensor | None,
-    grad_kl: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    labels: Tensor,
-    saved: Tensor,
-    options: str,
-    impl: str,
-    rows: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0),
-        weight.new_empty(weight.shape if needs_weight else 0),
-        weight.new_empty(weight.shape[0] if needs_bias else 0),
-    )
+def _(grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe, hidden: Tensor, weight: Tensor, *args: Any) -> tuple:
+    return _gradient_buffers(hidden, weight, args[-1], weight.dtype)
 
 
 def _linear_setup(ctx: Any, inputs: tuple, output: Outputs) -> None:
@@ -318,45 +276,34 @@ def _linear_setup(ctx: Any, inputs: tuple, output: Outputs) -> None:
     ctx.save_for_backward(*tensors, output[-1])
 
 
-def _linear_vjp(
-    ctx: Any, grad_logp: Tensor | None, _ref: Any, grad_risk: Tensor | None, grad_kl: Tensor | None, *_: Any
-) -> tuple:
-    needed = tuple(ctx.needs_input_grad[:3])
-    grads = _linear_backward(grad_logp, grad_risk, grad_kl, *ctx.saved_tensors, *ctx.constants, *needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 7
+def _linear_vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: Maybe, *_: Any) -> tuple:
+    needs = list(ctx.needs_input_grad[:3])
+    grads = _linear_backward(grad_logp, grad_risk, grad_kl, *ctx.saved_tensors, *ctx.constants, needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 7
 
 
 _linear_forward.register_autograd(_linear_vjp, setup_context=_linear_setup)
 
 
-def linear_token_risk(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    labels: Tensor,
-    options: RowOptions,
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    workspace_bytes: int | None = None,
-    impl: str = "chunked",
-) -> TokenStats:
-    """`naive.linear_token_risk` within a workspace; the weights of the reference get no gradient."""
-    rows = chunk_rows(weight.shape[0], _accumulator(weight.dtype), weight.device, workspace_bytes, ROW_PAIRS[impl])
-    reference = (None if t is None else t.detach() for t in (ref_hidden, ref_weight, ref_bias))
-    return _stats(_linear_forward(hidden, weight, bias, *reference, labels, options.encode(), impl, rows), options)
+def _gradient_buffers(hidden: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype) -> tuple:
+    """Gradients of hidden, weight and bias; empty where none is wanted. The last two are sums, kept in `dtype`.
+
+    fp32 for bf16 weights: summed in bf16 over many chunks the weight gradient drifts.
+    """
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_zeros(weight.shape if needs[1] else 0, dtype=dtype),
+        weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=dtype),
+    )
 
 
 def _projections(rows: int, policy: tuple, reference: tuple) -> Project:
-    """Matrix products into one workspace per model, which every chunk overwrites."""
-    policy_project, ref_project = _projection(rows, *policy), _projection(rows, *reference)
-    return lambda chunk: (policy_project(chunk), ref_project(chunk))  # type: ignore[return-value]
+    policy_logits, ref_logits = _projection(rows, *policy), _projection(rows, *reference)
+    return lambda chunk: (policy_logits(chunk), ref_logits(chunk))
 
 
-def _projection(
-    rows: int, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> Callable[[slice], Tensor | None]:
+def _projection(rows: int, hidden: Maybe, weight: Maybe, bias: Maybe) -> Callable[[slice], Any]:
+    """Matrix products into one workspace, which every chunk overwrites."""
     if hidden is None or weight is None:
         return lambda chunk: None
     workspace = hidden.new_empty(min(rows, hidden.shape[0]), weight.shape[0])
@@ -378,17 +325,20 @@ def _add_outer(total: Tensor, dz: Tensor, hidden: Tensor) -> None:
         total.addmm_(dz.t(), hidden.to(total.dtype))
 
 
-# ---- along sequences --------------------------------------------------------------------------------------------------------------
+# ---- along sequences -------------------------------------------------------------------------------------------------
+
+
+def nested_risk(step_risk: Tensor, cu_seqlens: Tensor, *, discount: float = 1.0) -> NestedRisk:
+    """`naive.nested_risk` in log2(N) vector operations instead of a loop over tokens."""
+    return NestedRisk(*_nested_forward(step_risk, cu_seqlens.to(torch.int64), float(discount)))
 
 
 @torch.library.custom_op("rsa_kernels::nested_risk", mutates_args=())
 def _nested_forward(step_risk: Tensor, cu_seqlens: Tensor, discount: float) -> tuple[Tensor, Tensor]:
     position = torch.arange(step_risk.shape[0], device=step_risk.device)
-    end = cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True).clamp(max=cu_seqlens.shape[0] - 1)]
+    end = cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True)]
     to_go = _discounted_sums(step_risk, end - position, discount)
-    # one 0 more, where empty sequences read
-    first = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], step_risk.shape[0])
-    return to_go, torch.cat([to_go, to_go.new_zeros(1)])[first]
+    return to_go, torch.cat([to_go, to_go.new_zeros(1)])[_first_tokens(cu_seqlens, step_risk.shape[0])]
 
 
 @_nested_forward.register_fake
@@ -402,8 +352,8 @@ def _nested_backward(grad_to_go: Tensor, grad_total: Tensor, cu_seqlens: Tensor,
     count = grad_to_go.shape[0]
     position = torch.arange(count, device=grad_to_go.device)
     start = cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
-    first = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], count)
-    upstream = torch.cat([grad_to_go, grad_to_go.new_zeros(1)]).scatter_add(0, first, grad_total)[:count]
+    upstream = torch.cat([grad_to_go, grad_to_go.new_zeros(1)])
+    upstream = upstream.scatter_add(0, _first_tokens(cu_seqlens, count), grad_total)[:count]
     return _discounted_sums(upstream.flip(0), (position - start + 1).flip(0), discount).flip(0)
 
 
@@ -424,19 +374,18 @@ def _nested_vjp(ctx: Any, grad_to_go: Tensor, grad_total: Tensor) -> tuple[Tenso
 _nested_forward.register_autograd(_nested_vjp, setup_context=_nested_setup)
 
 
-def nested_risk(step_risk: Tensor, cu_seqlens: Tensor, *, discount: float = 1.0) -> NestedRisk:
-    """`naive.nested_risk` in log2(N) vector operations instead of a loop over tokens."""
-    return NestedRisk(*_nested_forward(step_risk, cu_seqlens.to(torch.int64), float(discount)))
+def _first_tokens(cu_seqlens: Tensor, count: int) -> Tensor:
+    """First token of each sequence; `count`, one past the last token, for an empty one."""
+    return torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], count)
 
 
 def _discounted_sums(values: Tensor, remaining: Tensor, discount: float) -> Tensor:
-    """out_t = Σ_j discount^j · values_{t+j} over the `remaining_t` entries of the sequence that start at t.
+    """out_t = Σ_j discount^j · values_{t+j} over the `remaining_t` entries of the sequence from t on.
 
-    Doubling: after k rounds every entry holds a window of 2^k. Dividing a cumulative sum by discount^t instead would underflow.
+    Doubling: after k rounds every entry holds a window of 2^k. Dividing a cumulative sum by discount^t would underflow.
     """
     out, width = values.clone(), 1
     while width < values.shape[0]:
-        reach = remaining[:-width] > width
-        out[:-width] += torch.where(reach, discount**width * out[width:], 0.0)
+        out[:-width] += torch.where(remaining[:-width] > width, discount**width * out[width:], 0.0)
         width *= 2
     return out

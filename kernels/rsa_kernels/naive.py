@@ -1,6 +1,6 @@
 """The definition of every operator, as literally as it is written, and the types they return.
 
-Runs in float64 on float64 inputs, which makes it the oracle of the tests. It holds several fp32 tensors of N·V elements.
+Runs in float64 on float64 inputs, which makes it the oracle of the tests. Holds several fp32 tensors of N·V elements.
 """
 
 from itertools import pairwise
@@ -15,7 +15,10 @@ from rsa_kernels.risk import RiskMeasure
 
 
 class TokenStats(NamedTuple):
-    """Per position, fp32 (fp64 for fp64 inputs), nats; exactly 0 at ignored labels. `risk` and `kl` are None without a risk measure."""
+    """Per position, fp32 (fp64 for fp64 inputs), nats; exactly 0 at ignored labels.
+
+    `risk` and `kl` are None without a risk measure.
+    """
 
     logp: Float[Tensor, "*n"]
     ref_logp: Float[Tensor, "*n"]
@@ -118,12 +121,12 @@ def _prepare(
     if softcap is not None:
         absent = z == -torch.inf
         z = (softcap * torch.tanh(z.masked_fill(absent, 0.0) / softcap)).masked_fill(absent, -torch.inf)
-    # The maximum is a constant to autograd: softmax does not depend on it. It keeps digits in the differences of two models.
+    # Softmax does not depend on the maximum, so it is a constant to autograd. Without it differences lose digits.
     return z - z.detach().amax(-1, keepdim=True)
 
 
 def pick(log_probs: Float[Tensor, "*n V"], labels: Int[Tensor, "*n"], ignored: Tensor) -> Float[Tensor, "*n"]:
-    """The label's entry; 0 where ignored, nan where the label is outside the vocabulary (on a GPU an error would cost a sync)."""
+    """The label's entry; 0 where ignored, nan outside the vocabulary (on a GPU an error would cost a sync)."""
     inside = labels.clamp(0, log_probs.shape[-1] - 1)
     picked = log_probs.gather(-1, inside[..., None]).squeeze(-1)
     return picked.masked_fill(inside != labels, torch.nan).masked_fill(ignored, 0.0)

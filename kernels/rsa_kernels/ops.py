@@ -43,9 +43,11 @@ def token_risk(
     Equals `naive.token_risk`, a page of torch, without its [*n, V] fp32 buffers.
 
     Args:
-        labels: int64; at `ignore_index` all outputs are exactly 0 and no gradient flows, even where logits or upstream are nan.
+        labels: int64; at `ignore_index` all outputs are exactly 0 and no gradient flows, even where logits or upstream
+            gradients are nan.
         risk: None leaves `risk` and `kl` out, for losses that need log-probabilities only.
-        scale, softcap: logits become softcap · tanh(scale · logits / softcap) first; −inf logits mark absent columns and stay −inf.
+        scale, softcap: logits become softcap · tanh(scale · logits / softcap) first; −inf marks a column that does not
+            exist and stays −inf.
         entropy: also return H(q) in nats, detached, for logging.
         impl: "auto" is "chunked"; any other name is binding.
 
@@ -62,7 +64,7 @@ def token_risk(
     if policy_logits.shape != ref_logits.shape or policy_logits.shape[:-1] != labels.shape:
         raise ValueError(
             "token_risk wants policy_logits and ref_logits of one shape [*n, V] and labels [*n], got "
-            f"{_shape(policy_logits)}, {_shape(ref_logits)} and {_shape(labels)}; cut both vocabularies to their common size"
+            f"{_shape(policy_logits)}, {_shape(ref_logits)} and {_shape(labels)}; cut both to their common vocabulary"
         )
     options = RowOptions(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
     _check(policy_logits.shape[-1], labels, options)
@@ -94,15 +96,16 @@ def linear_token_risk(
     workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> TokenStats:
-    """token_risk(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias, ...), never holding all N rows of logits.
+    """`token_risk` of hidden @ weight.T + bias and ref_hidden @ ref_weight.T + ref_bias, never holding all N rows of them.
 
-    Arguments and returns as in `token_risk`; gradients flow to `hidden`, `weight` and `bias` where they are wanted, and backward
-    computes the logits again. Pass rows that are scored only: prompts and padding cost as much as responses.
+    Arguments and returns as in `token_risk`. Gradients flow to `hidden`, `weight` and `bias` where they are wanted;
+    backward computes the logits again. Pass scored rows only: prompts and padding would cost as much as responses.
 
     Args:
-        ref_hidden, ref_weight: of the frozen reference; another hidden size is fine. Both None, with risk=None, scores the policy alone:
-            `ref_logp` is then exactly 0.
-        workspace_bytes: bound on logits and temporaries of one chunk of rows; by default 16 MiB on a CPU and 512 MiB on a GPU.
+        ref_hidden, ref_weight: of the frozen reference; another hidden size is fine. Both None, with risk=None, scores
+            the policy alone: `ref_logp` is then exactly 0.
+        workspace_bytes: bound on the logits and temporaries of one chunk of rows; by default 64 MiB on a CPU and
+            512 MiB on a GPU.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or (CPU only) a label is outside [0, V).
@@ -119,8 +122,8 @@ def linear_token_risk(
         _check_linear(ref_hidden, ref_weight, ref_bias, labels, "ref_")
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(
-                f"policy and reference share one vocabulary: weight has {weight.shape[0]} rows, ref_weight {ref_weight.shape[0]}; "
-                "cut both to their common size"
+                f"policy and reference share one vocabulary, but weight has {weight.shape[0]} rows and ref_weight "
+                f"{ref_weight.shape[0]}; cut both to their common size"
             )
     _check(weight.shape[0], labels, options)
     if workspace_bytes is not None and workspace_bytes <= 0:
@@ -129,13 +132,11 @@ def linear_token_risk(
     policy, reference = _autocast(hidden, weight, bias), _autocast(ref_hidden, ref_weight, ref_bias)
     _check_dtypes(policy, "")
     _check_dtypes(reference, "ref_")
-    states = (policy[0], policy[1], reference[0], reference[1], labels)
     with torch.autocast(hidden.device.type, enabled=False):
-        if implementation == "naive":
-            return naive.linear_token_risk(*states, bias=policy[2], ref_bias=reference[2], **options._asdict())
-        return chunked.linear_token_risk(
-            *states, options, bias=policy[2], ref_bias=reference[2], workspace_bytes=workspace_bytes
-        )
+        if implementation == "chunked":
+            return chunked.linear_token_risk(policy, reference, labels, options, workspace_bytes)
+        states = (*policy[:2], *reference[:2], labels)
+        return naive.linear_token_risk(*states, bias=policy[2], ref_bias=reference[2], **options._asdict())
 
 
 def nested_risk(
@@ -143,11 +144,12 @@ def nested_risk(
 ) -> NestedRisk:
     """R_t = step_risk_t + discount · R_{t+1} within each sequence; total[s] is R at its first token, 0 if it has none.
 
-    `cu_seqlens` holds the sequence boundaries in the packed tokens, 0 first and N last, as in variable-length attention.
-    By translation equivariance this is the nested form ρ(cost + discount · R) along the observed sequence.
+    `cu_seqlens` holds the sequence boundaries in the packed tokens, 0 first and N last, as in variable-length
+    attention. By translation equivariance this is the nested form ρ(cost + discount · R) along the observed sequence.
 
     Raises:
-        ValueError: shapes do not fit, the discount is outside [0, 1], or (CPU only) the boundaries do not rise from 0 to N.
+        ValueError: shapes do not fit, the discount is outside [0, 1], or (CPU only) the boundaries do not rise from 0
+            to N.
         RuntimeError: `impl` names something that cannot run here.
     """
     if step_risk.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
@@ -166,7 +168,7 @@ def nested_risk(
 
 
 def resolve(impl: str, x: Tensor, risk: RiskMeasure | None) -> Literal["naive", "chunked"]:
-    """The implementation that runs for tensors like `x`: an explicit name is binding, "auto" chooses and logs why, once.
+    """The implementation that runs for tensors like `x`: a name is binding, "auto" chooses and logs why, once.
 
     The environment variable RSA_KERNELS_IMPL replaces "auto" only.
 
@@ -214,8 +216,8 @@ def _check(vocabulary: int, labels: Tensor, options: RowOptions) -> None:
     if outside.any():
         position = int(outside.flatten().nonzero()[0])
         raise ValueError(
-            f"label {int(labels.flatten()[position])} at position {position} is outside the vocabulary [0, {vocabulary}); "
-            f"positions to leave out carry ignore_index = {options.ignore_index}"
+            f"label {int(labels.flatten()[position])} at position {position} is outside the vocabulary [0, "
+            f"{vocabulary}); positions to leave out carry ignore_index = {options.ignore_index}"
         )
 
 
@@ -223,8 +225,8 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if _is_dtensor(tensor):
             raise TypeError(
-                f"{prefix}{name} is a DTensor, a shard of the head: call the operator inside the forward of the module that owns "
-                "the weight, where it is whole (full_tensor() would give silently wrong gradients)"
+                f"{prefix}{name} is a DTensor, a shard of the head: call the operator inside the forward of the module "
+                "that owns the weight, where it is whole (full_tensor() would give silently wrong gradients)"
             )
     fits = (
         hidden.ndim == 2
@@ -235,8 +237,8 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         bias_shape = "" if bias is None else f", {prefix}bias {_shape(bias)}"
         raise ValueError(
-            f"linear_token_risk wants {prefix}hidden [N, H], {prefix}weight [V, H], {prefix}bias [V] and labels [N], got {prefix}hidden "
-            f"{_shape(hidden)}, {prefix}weight {_shape(weight)}{bias_shape}, labels {_shape(labels)}"
+            f"linear_token_risk wants {prefix}hidden [N, H], {prefix}weight [V, H], {prefix}bias [V] and labels [N], "
+            f"got {prefix}hidden {_shape(hidden)}, {prefix}weight {_shape(weight)}{bias_shape}, labels {_shape(labels)}"
         )
 
 

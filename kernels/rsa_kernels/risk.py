@@ -1,8 +1,9 @@
 """One-step risk measures of a discrete cost: `KL` (the mean), `CVaR` and `ERM`.
 
-Upper-tail, cost type: large x is bad. A measure is a frozen dataclass, so it travels in a YAML file, in a hash and through a custom op.
-To add one, write a frozen dataclass with `weights` and `value`; it then runs in every torch implementation. The three methods named
-`*_at` and `scalars` are optional: they let the chunked path keep a few numbers per row between forward and backward.
+Upper-tail, cost type: large x is bad. A measure is a frozen dataclass, so it travels in a YAML file, in a hash and
+through a custom operator. To add one, write a frozen dataclass with `weights` and `value`; it then runs in every torch
+implementation. `scalars`, `weights_at` and `value_at` are optional: they let the chunked path keep a few numbers per
+row between forward and backward.
 """
 
 import abc
@@ -108,8 +109,8 @@ class CVaR(_ClosedForm):
 
         weights = p / tail above the threshold, p · fraction / tail at it, 0 below
 
-    The threshold is the upper `tail`-quantile. Outcomes that tie with it share the mass that is left in proportion to p, never by
-    index: a policy equal to its reference is one single tie and must get weights p, hence gradient 0.
+    The threshold is the upper `tail`-quantile. Outcomes that tie with it share the mass that is left in proportion to
+    p, never by index: a policy equal to its reference is one single tie and must get weights p, hence gradient 0.
 
     Args:
         tail: probability mass in (0, 1]; the papers' μ. The usual CVaR level is 1 − tail.
@@ -130,11 +131,12 @@ class CVaR(_ClosedForm):
             return o.x.new_zeros(*o.x.shape[:-1], 2)
         descending, order = o.x.sort(dim=-1, descending=True)
         mass = o.probs.gather(-1, order).cumsum(-1)
-        wanted = self.tail * mass[..., -1:]  # of the summed mass: rounding may leave it just below 1
-        crossing = (mass < wanted).sum(-1, keepdim=True)
-        return self._split(o, descending.gather(-1, crossing), wanted)
+        crossing = (mass < self.tail * mass[..., -1:]).sum(-1, keepdim=True)  # rounding may leave the sum just below 1
+        return self.split(o, descending.gather(-1, crossing))
 
-    def _split(self, o: Outcomes, threshold: Float[Tensor, "*n 1"], wanted: Float[Tensor, "*n 1"]) -> Tensor:
+    def split(self, o: Outcomes, threshold: Float[Tensor, "*n 1"]) -> Float[Tensor, "*n 2"]:
+        """`scalars` for a threshold that is known."""
+        wanted = self.tail * o.probs.sum(-1, keepdim=True)
         above = (o.probs * (o.x > threshold)).sum(-1, keepdim=True)
         at = (o.probs * (o.x == threshold)).sum(-1, keepdim=True)
         return torch.cat([threshold, ((wanted - above) / at).clamp(0.0, 1.0)], dim=-1)
@@ -156,8 +158,8 @@ class ERM(_ClosedForm):
 
         weights ∝ p exp(μx)
 
-    As step risk it is the Rényi divergence of order 1 + μ. `mu=-1` gives weights = policy and risk 0, so that a risk-aware loss
-    becomes DPO. A risk aversion on the scale of values becomes `mu = mu_value / beta` here.
+    As step risk it is the Rényi divergence of order 1 + μ. `mu=-1` gives weights = policy and risk 0, so that a
+    risk-aware loss becomes DPO. A risk aversion on the scale of values becomes `mu = mu_value / beta` here.
 
     Args:
         mu: per nat of log-ratio; ≥ 0, or exactly −1.
@@ -177,7 +179,8 @@ class ERM(_ClosedForm):
         log_mean = (o.log_probs + self.mu * o.x).logsumexp(-1, keepdim=True)
         if abs(self.mu) >= 0.1:
             return log_mean
-        # Small μ: the logarithm of a number near 1 loses about 2e-7 / μ of the value in fp32. The mean of expm1 does not, but overflows.
+        # Small μ: the logarithm of a number near 1 is off by about 2e-7 / μ in fp32. The mean of expm1 is not, but
+        # overflows; there the logarithm is of a number far from 1.
         excess = (o.probs * torch.expm1(self.mu * o.x)).sum(-1, keepdim=True)
         return torch.where(excess < 1, excess.log1p(), log_mean)
 
