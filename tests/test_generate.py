@@ -200,7 +200,7 @@ def test_interrupted_equals_uninterrupted(tiny_llama: Path, tmp_path: Path, monk
 def test_a_torn_chunk_is_sampled_again(tiny_llama: Path, tmp_path: Path, monkeypatch: Any):
     """One line short of a chunk: that chunk is drawn again as a whole, as its generator demands."""
     whole = generate(tiny_llama, PROMPTS, tmp_path / "whole.jsonl", sampling=SAMPLING)
-    monkeypatch.setattr(module, "_publish", lambda *_: None)
+    monkeypatch.setattr(module, "publish", lambda *_: None)
     generate(tiny_llama, PROMPTS, tmp_path / "samples.jsonl", sampling=SAMPLING)
     partial = tmp_path / "samples.jsonl.partial"
     partial.write_text("\n".join(partial.read_text().split("\n")[:12]) + "\n")  # header and 11 of 20 samples
@@ -213,7 +213,7 @@ def test_a_torn_chunk_is_sampled_again(tiny_llama: Path, tmp_path: Path, monkeyp
 def test_a_partial_file_of_another_run_is_not_continued(
     tiny_llama: Path, tmp_path: Path, monkeypatch: Any, caplog: Any
 ):
-    monkeypatch.setattr(module, "_publish", lambda *_: None)
+    monkeypatch.setattr(module, "publish", lambda *_: None)
     generate(tiny_llama, PROMPTS, tmp_path / "samples.jsonl", sampling=dataclasses.replace(SAMPLING, seed=4))
     monkeypatch.undo()
     done = generate(tiny_llama, PROMPTS, tmp_path / "samples.jsonl", sampling=SAMPLING)
@@ -237,7 +237,8 @@ def test_the_seed_decides_and_the_global_generator_does_not(tiny_llama: Path, tm
 def test_qwen2_is_sampled_too(tiny_tokenizer: Any, tmp_path: Path):
     config = Qwen2Config(
         vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=tiny_tokenizer.eos_token_id,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        eos_token_id=tiny_tokenizer.eos_token_id,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
     tiny_tokenizer.save_pretrained(tmp_path / "qwen")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rsa_lightning.data.formats import RowDefect
 from rsa_lightning.data.tokenize import encode_prompt
-from rsa_lightning.evaluation.samples import Sample, SampleError, from_line, to_line
+from rsa_lightning.evaluation.samples import Sample, publish, resume_partial, to_line
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def generate(
 
     rows = [(key, sample_id) for key in prompts for sample_id in range(sampling.samples_per_prompt)]
     partial = path.with_name(path.name + ".partial")
-    resumed = _resume(partial, _header(model_folder, start_folder, prompts, sampling))
+    resumed = resume_partial(partial, _header(model_folder, start_folder, prompts, sampling), sampling.batch_size)
     tokens = unfinished = 0
     with partial.open("a", encoding="utf-8") as file:
         for first in range(resumed, len(rows), sampling.batch_size):
@@ -140,7 +140,7 @@ def generate(
             os.fsync(file.fileno())
             tokens += sum(map(len, answers.tokens))
             unfinished += answers.finished.count(False)
-    _publish(partial, path)
+    publish(partial, path)
     if unfinished:
         log.info(
             "%d of %d answers reached max_new_tokens=%d without EOS",
@@ -234,8 +234,9 @@ def _slice_logps(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence
         ).logits
         logits = torch.cat((logits, following), 1)
     token_logp = -F.cross_entropy(logits[inside].float(), labels[inside], reduction="none")
-    sums = torch.zeros(len(answers), dtype=torch.float64, device=model.device)
-    return sums.index_add(0, inside.nonzero()[:, 0], token_logp.double()).tolist()
+    table = torch.zeros(inside.shape, dtype=torch.float64, device=model.device)
+    table[inside] = token_logp.double()  # a scattered sum would depend on the order of GPU threads
+    return table.sum(1).tolist()
 
 
 class ReadPrompts(NamedTuple):
@@ -369,51 +370,3 @@ def _folder_hash(folder: Path) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
-
-
-def _resume(partial: Path, header: dict[str, Any]) -> int:
-    """Cut the partial file back to its complete chunks and return how many samples they hold, or begin a new one."""
-    found = _read_partial(partial, header) if partial.is_file() else None
-    if found is None:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        return 0
-    size = header["sampling"]["batch_size"]
-    complete = len(found) // size * size
-    temporary = partial.with_name(partial.name + ".tmp")
-    temporary.write_text(json.dumps(header) + "\n" + "".join(found[:complete]), encoding="utf-8")
-    temporary.replace(partial)
-    log.info("continuing %s after %d samples", partial, complete)
-    return complete
-
-
-def _read_partial(partial: Path, header: dict[str, Any]) -> list[str] | None:
-    """The intact lines of a partial file, or None, with a message, if it belongs to another run."""
-    with partial.open(encoding="utf-8", errors="replace") as file:
-        first, *lines = list(file) or [""]
-    try:
-        found = json.loads(first)
-    except json.JSONDecodeError:
-        log.warning("%s has no readable header: sampling starts again", partial)
-        return None
-    if changed := [name for name in header if not isinstance(found, dict) or found.get(name) != header[name]]:
-        log.warning("%s was written with other %s: sampling starts again", partial, ", ".join(changed))
-        return None
-    for number, line in enumerate(lines):
-        try:
-            from_line(line, f"{partial}:{number + 2}")
-        except SampleError:  # the line that was being written when the run died; nothing after it can be trusted
-            return lines[:number]
-    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Drop the header and move the samples to their final name in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    with partial.open(encoding="utf-8") as source, temporary.open("w", encoding="utf-8") as target:
-        next(source)
-        target.writelines(source)
-        target.flush()
-        os.fsync(target.fileno())
-    temporary.replace(path)
-    partial.unlink()

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 class SampleError(ValueError):
@@ -75,6 +79,56 @@ def write_samples(path: Path | str, samples: Iterable[Sample]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def resume_partial(partial: Path, header: dict[str, Any], chunk: int) -> int:
+    """Cut a partial file back to its complete chunks and return how many samples they hold, or begin a new one.
+
+    Its first line is `header`, all that the samples depend on; a file with another header is not continued.
+    """
+    found = _read_partial(partial, header) if partial.is_file() else None
+    if found is None:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return 0
+    complete = len(found) // chunk * chunk
+    temporary = partial.with_name(partial.name + ".tmp")
+    temporary.write_text(json.dumps(header) + "\n" + "".join(found[:complete]), encoding="utf-8")
+    temporary.replace(partial)
+    log.info("continuing %s after %d samples", partial, complete)
+    return complete
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Drop the header and move the samples to their final name in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    with partial.open(encoding="utf-8") as source, temporary.open("w", encoding="utf-8") as target:
+        next(source)
+        target.writelines(source)
+        target.flush()
+        os.fsync(target.fileno())
+    temporary.replace(path)
+    partial.unlink()
+
+
+def _read_partial(partial: Path, header: dict[str, Any]) -> list[str] | None:
+    """The intact lines of a partial file, or None, with a message, if it belongs to another run."""
+    with partial.open(encoding="utf-8", errors="replace") as file:
+        first, *lines = list(file) or [""]
+    try:
+        found = json.loads(first)
+    except json.JSONDecodeError:
+        log.warning("%s has no readable header: sampling starts again", partial)
+        return None
+    if changed := [name for name in header if not isinstance(found, dict) or found.get(name) != header[name]]:
+        log.warning("%s was written with other %s: sampling starts again", partial, ", ".join(changed))
+        return None
+    for number, line in enumerate(lines):
+        try:
+            from_line(line, f"{partial}:{number + 2}")
+        except SampleError:  # the line that was being written when the run died; nothing after it can be trusted
+            return lines[:number]
+    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
 
 
 def _is_number(value: object) -> bool:
