@@ -274,6 +274,19 @@ def test_mistakes_are_named(tiny_llama: Path, tiny_tokenizer: Any, tmp_path: Pat
     assert not list(tmp_path.glob("s.jsonl*"))
 
 
+def test_a_broken_model_is_not_recorded(tiny_llama: Path, tmp_path: Path):
+    broken = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        broken.lm_head.weight[7] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "broken")
+    with pytest.raises(GenerationError, match="the model gives an answer to prompt bread the log-probability nan"):
+        generate(tmp_path / "broken", PROMPTS, tmp_path / "s.jsonl", sampling=SAMPLING)
+    with pytest.raises(GenerationError, match="its start gives an answer to prompt bread the log-probability nan"):
+        generate(tiny_llama, PROMPTS, tmp_path / "s.jsonl", start_folder=tmp_path / "broken", sampling=SAMPLING)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -159,6 +159,7 @@ def cost_quantiles(costs: Mapping[str, Tensor], path: Path) -> Path | None:
     worst.set_xscale("log")
     worst.set_xlim(TAIL_SHARE, 0.5 / max(map(len, costs.values())))
     worst.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+    worst.xaxis.set_minor_formatter(lambda *_: "")  # over one decade alone they are drawn, and overlap
     worst.set(title="The worst tenth (shaded on the left)", xlabel="share of answers that cost more", ylabel="cost")
     _scale_costs(worst, torch.cat(tails))
     figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(costs), 5))
@@ -242,13 +243,17 @@ def _tail_shares(answers: int) -> Tensor:
 
 def _scale_costs(ax: Any, values: Tensor) -> None:
     """Logarithmic where costs span orders of magnitude, linear between the typical sizes if some are not positive."""
-    typical, largest = values.abs().median().item(), values.abs().max().item()
-    if typical == 0 or largest < LOG_RATIO * typical:
+    sizes = values[values != 0].abs()  # a world may give most of its safe answers a cost of exactly 0
+    if len(sizes) == 0 or sizes.max() < LOG_RATIO * sizes.median():
         return
     if values.min() > 0:
         ax.set_yscale("log")
     else:
-        ax.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(typical)))
+        linear, lowest = 10.0 ** math.ceil(math.log10(sizes.median())), values.min().item()
+        ax.set_yscale("symlog", linthresh=linear)
+        # the default margin is as wide below 0 as the decades above it are
+        ax.set_ylim(min(1.5 * lowest, lowest - 0.3 * linear), 1.5 * values.max().item())
+    ax.yaxis.set_minor_formatter(lambda *_: "")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "−"))
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ def generate(
 
     Raises:
         GenerationError: no prompts, or one that cannot be tokenised; a folder that is no model; a tokenizer without
-            EOS; a model and start with different vocabularies; a context that is too short for the request.
+            EOS; a model and start with different vocabularies; a context that is too short for the request; weights
+            that give NaN.
     """
     path, model_folder = Path(path), _checked_folder(model_folder)
     if not prompts:
@@ -126,29 +128,40 @@ def generate(
         for first in range(resumed, len(rows), sampling.batch_size):
             chunk = rows[first : first + sampling.batch_size]
             chunk_prompts = [encoded[key] for key, _ in chunk]
-            answers = sample_answers(
-                model, chunk_prompts, eos, sampling, _chunk_generator(sampling.seed, first, device)
-            )
+            generator = _chunk_generator(sampling.seed, first, device)
+            answers = sample_answers(model, chunk_prompts, eos, sampling, generator)
             texts = tokenizer.batch_decode(answers.tokens, skip_special_tokens=True)
-            logp = answer_logps(model, chunk_prompts, answers.tokens)
-            ref_logp = [None] * len(chunk) if start is None else logp
-            if start is not None and start is not model:
-                ref_logp = answer_logps(start, chunk_prompts, answers.tokens)
-            for (key, sample_id), *found in zip(chunk, texts, logp, ref_logp, strict=True):
-                file.write(to_line(Sample(key, sample_id, prompts[key], *found)))
+            logps = _logp_pairs(model, start, chunk_prompts, answers.tokens)
+            for (key, sample_id), text, (logp, ref_logp) in zip(chunk, texts, logps, strict=True):
+                _check_finite(key, logp, ref_logp)
+                file.write(to_line(Sample(key, sample_id, prompts[key], text, logp, ref_logp)))
             file.flush()
             os.fsync(file.fileno())
             tokens += sum(map(len, answers.tokens))
             unfinished += answers.finished.count(False)
     publish(partial, path)
     if unfinished:
-        log.info(
-            "%d of %d answers reached max_new_tokens=%d without EOS",
-            unfinished,
-            len(rows) - resumed,
-            sampling.max_new_tokens,
-        )
+        log.info("%d of %d answers reached max_new_tokens without EOS", unfinished, len(rows) - resumed)
     return Generation(path, len(rows), resumed, tokens, unfinished)
+
+
+def _logp_pairs(
+    model: Any, start: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[tuple[float, float | None]]:
+    logp = answer_logps(model, prompts, answers)
+    if start is None:
+        return [(value, None) for value in logp]
+    ref_logp = logp if start is model else answer_logps(start, prompts, answers)
+    return list(zip(logp, ref_logp, strict=True))
+
+
+def _check_finite(prompt_id: str, logp: float, ref_logp: float | None) -> None:
+    for whose, value in (("the model", logp), ("its start", ref_logp)):
+        if value is not None and not math.isfinite(value):
+            raise GenerationError(
+                f"{whose} gives an answer to prompt {prompt_id} the log-probability {value}: its weights are damaged, "
+                "or its training diverged"
+            )
 
 
 @torch.inference_mode()
