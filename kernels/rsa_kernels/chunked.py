@@ -99,6 +99,14 @@ def _empty_outputs(labels: Tensor, dtype: torch.dtype, options: RowOptions) -> O
     return logp, ref_logp, value, kl, entropy, labels.new_zeros(count, options.saved_count, dtype=dtype)
 
 
+def _upstream(options: str, grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe) -> RowGradients:
+    """Gradients of the outputs that exist; those without elements are left out."""
+    risk = RowOptions.decode(options).risk
+    return RowGradients(
+        grad_logp, None if risk is None else grad_risk, None if isinstance(risk, KL | None) else grad_kl
+    )
+
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -171,7 +179,8 @@ def _token_setup(ctx: Any, inputs: tuple, output: Outputs) -> None:
 
 
 def _token_vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: Maybe, *_: Any) -> tuple:
-    d_logits = _token_backward(grad_logp, grad_risk, grad_kl, *ctx.saved_tensors, *ctx.constants)
+    upstream = _upstream(ctx.constants[0], grad_logp, grad_risk, grad_kl)
+    d_logits = _token_backward(*upstream, *ctx.saved_tensors, *ctx.constants)
     return d_logits, None, None, None, None, None
 
 
@@ -278,7 +287,8 @@ def _linear_setup(ctx: Any, inputs: tuple, output: Outputs) -> None:
 
 def _linear_vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: Maybe, *_: Any) -> tuple:
     needs = list(ctx.needs_input_grad[:3])
-    grads = _linear_backward(grad_logp, grad_risk, grad_kl, *ctx.saved_tensors, *ctx.constants, needs)
+    upstream = _upstream(ctx.constants[0], grad_logp, grad_risk, grad_kl)
+    grads = _linear_backward(*upstream, *ctx.saved_tensors, *ctx.constants, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 7
 
 

@@ -70,9 +70,8 @@ def token_risk(
     _check(policy_logits.shape[-1], labels, options)
     if resolve(impl, policy_logits, risk) == "naive":
         return naive.token_risk(policy_logits, ref_logits, labels, **options._asdict())
-    flat = (policy_logits.flatten(0, -2), ref_logits.flatten(0, -2), labels.flatten())
-    if labels.ndim == 0:
-        flat = (policy_logits[None], ref_logits[None], labels[None])
+    rows = (labels.numel(), policy_logits.shape[-1])
+    flat = policy_logits.reshape(rows), ref_logits.reshape(rows), labels.flatten()
     stats = chunked.token_risk(*flat, options)
     return TokenStats._make(None if s is None else s.reshape(labels.shape) for s in stats)
 
@@ -96,7 +95,7 @@ def linear_token_risk(
     workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> TokenStats:
-    """`token_risk` of hidden @ weight.T + bias and ref_hidden @ ref_weight.T + ref_bias, never holding all N rows of them.
+    """`token_risk` of hidden @ weight.T + bias and ref_hidden @ ref_weight.T + ref_bias, never holding all N rows.
 
     Arguments and returns as in `token_risk`. Gradients flow to `hidden`, `weight` and `bias` where they are wanted;
     backward computes the logits again. Pass scored rows only: prompts and padding would cost as much as responses.

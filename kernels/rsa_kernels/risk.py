@@ -7,9 +7,8 @@ row between forward and backward.
 """
 
 import abc
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -194,43 +193,33 @@ class ERM(_ClosedForm):
 
 
 def encode(risk: RiskMeasure | None) -> tuple[str, list[float]]:
-    """A measure as a class name and its fields, which a custom op can carry; None is ("", [])."""
+    """A measure as class name and fields, which a custom operator can carry; None is ("", [])."""
     if risk is None:
         return "", []
-    name = type(risk).__name__
-    if _class_named(name) is not type(risk):
-        raise ValueError(f"{name} is not a subclass of RiskMeasure: derive it, as a frozen dataclass with float fields")
-    return name, [_number(f"{name} {f.name}", getattr(risk, f.name)) for f in _fields(type(risk))]
+    cls = type(risk)
+    fields = getattr(cls, "__match_args__", None)  # the names of a dataclass's fields
+    if fields is None:
+        raise ValueError(f"{cls.__name__} is not a dataclass: a risk measure is a frozen one whose fields are floats")
+    return cls.__name__, [_number(f"{cls.__name__} {name}", getattr(risk, name)) for name in fields]
 
 
 def decode(name: str, parameters: Sequence[float]) -> RiskMeasure | None:
-    """The measure that `encode` wrote."""
-    return _class_named(name)(*parameters) if name else None
-
-
-def _class_named(name: str) -> Callable[..., RiskMeasure]:
-    """Python's subclassing is the registry."""
+    """The measure that `encode` wrote. Python's subclassing is the registry of names."""
+    if not name:
+        return None
     found = [cls for cls in _subclasses(RiskMeasure) if cls.__name__ == name]
     if len(found) > 1:
         places = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
         raise ValueError(f"{len(found)} risk measures are called {name} ({places}): rename one")
     if not found:
-        raise ValueError(f"no risk measure is called {name}: define the class before the operator runs")
-    return found[0]
+        raise ValueError(f"no risk measure is called {name}: derive it from RiskMeasure before the operator runs")
+    return found[0](*parameters)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for child in cls.__subclasses__():
         yield child
         yield from _subclasses(child)
-
-
-def _fields(cls: type[RiskMeasure]) -> tuple[dataclasses.Field, ...]:
-    if not dataclasses.is_dataclass(cls):
-        raise ValueError(
-            f"{cls.__name__} is not a dataclass: a risk measure is a frozen dataclass whose fields are floats"
-        )
-    return dataclasses.fields(cls)
 
 
 def _number(what: str, value: object) -> float:

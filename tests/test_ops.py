@@ -1,0 +1,505 @@
+"""The operators: chunked equals the definition within rounding, gradients included, at every awkward shape and row."""
+
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch
+from rsa_kernels import ERM, KL, CVaR, RiskMeasure, TokenStats, chunked, linear_token_risk, ops, token_risk
+from torch import Tensor
+
+RISKS = [KL(), CVaR(0.97), CVaR(0.5), CVaR(0.1), CVaR(0.01), CVaR(1.0), ERM(0), ERM(1e-4), ERM(0.1), ERM(1), ERM(5)]
+RISKS += [ERM(9), ERM(-1), None]
+every_risk = pytest.mark.parametrize("risk", RISKS, ids=str)
+some_risks = pytest.mark.parametrize("risk", [KL(), CVaR(0.5), ERM(5), None], ids=str)
+EPSILON = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float64: 1e-12}
+TINY = 1  # bytes: one row per chunk
+
+
+@dataclass(frozen=True)
+class HalfMean(RiskMeasure):
+    """A measure that defines no more than it must: mean and worst fifth in equal parts."""
+
+    share: float = 0.5
+
+    def weights(self, x, log_probs):
+        return (1 - self.share) * log_probs.exp() + self.share * CVaR(0.2).weights(x, log_probs)
+
+    def value(self, x, log_probs):
+        return (self.weights(x, log_probs) * x).sum(-1)
+
+
+def head(n: int, v: int, dtype: torch.dtype = torch.float32, h: int = 16, r: int = 24) -> dict[str, Tensor]:
+    """Hidden states and heads of a policy near its reference; the second label is ignored."""
+    base, weight = torch.randn(n, h), torch.randn(v, h)
+    stretch = torch.randn(h, r) / h**0.5
+    labels = torch.randint(0, v, (n,))
+    labels[1:2] = -100
+    tensors = {
+        "hidden": base,
+        "weight": weight,
+        "ref_hidden": base @ stretch,
+        "ref_weight": weight @ torch.linalg.pinv(stretch).T + 0.1 * torch.randn(v, r),
+        "bias": torch.randn(v),
+        "ref_bias": torch.randn(v),
+    }
+    return {name: t.to(dtype) for name, t in tensors.items()} | {"labels": labels}
+
+
+LEAVES = ("hidden", "weight", "bias")
+
+
+def evaluate(case: dict, risk, upstream: Tensor, leaves=LEAVES, **options) -> dict[str, Tensor]:
+    """Values, and gradients of Σ upstream · (logp, risk, kl), by name."""
+    case = {k: t.detach().clone().requires_grad_(k in leaves) for k, t in case.items()}
+    names = ("hidden", "weight", "ref_hidden", "ref_weight", "labels")
+    stats = linear_token_risk(*(case[k] for k in names), risk, bias=case["bias"], ref_bias=case["ref_bias"], **options)
+    outputs = {k: v for k, v in stats._asdict().items() if v is not None}
+    used = [outputs[k] for k in ("logp", "risk", "kl") if k in outputs]
+    loss = sum((u.to(o.dtype) * o).sum() for u, o in zip(upstream, used, strict=False))
+    grads = torch.autograd.grad(loss, [case[k] for k in leaves])
+    return {k: v.detach() for k, v in outputs.items()} | {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}
+
+
+def assert_within_naive_error(ours: dict, naive: dict, exact: dict, epsilon: float) -> None:
+    """|ours − exact| ≤ 2 |naive in the same dtype − exact| + ε in the largest entry, for every value and gradient."""
+    assert ours.keys() == naive.keys() == exact.keys()
+    for name, truth in exact.items():
+        assert ours[name].shape == truth.shape, name
+        if not truth.numel():
+            continue
+        error, allowed = ((x[name].double() - truth).abs().max().item() for x in (ours, naive))
+        assert error <= 2 * allowed + epsilon, f"{name}: off by {error:.2e}, naive by {allowed:.2e}"
+
+
+def compare(case: dict, risk, dtype: torch.dtype, workspace_bytes: int | None = None, **options) -> None:
+    upstream = torch.randn(3, case["labels"].shape[0])
+    exact_case = {k: t if k == "labels" else t.double() for k, t in case.items()}
+    exact = evaluate(exact_case, risk, upstream, impl="naive", **options)
+    naive = evaluate(case, risk, upstream, impl="naive", **options)
+    ours = evaluate(case, risk, upstream, impl="chunked", workspace_bytes=workspace_bytes, **options)
+    assert_within_naive_error(ours, naive, exact, EPSILON[dtype])
+
+
+# ---- agreement with the definition -----------------------------------------------------------------------------------
+
+
+@every_risk
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_chunked_is_the_definition(risk, dtype):
+    compare(head(19, 129, dtype), risk, dtype)
+
+
+@some_risks
+@pytest.mark.parametrize("vocabulary", [1, 7, 129, 1000])
+@pytest.mark.parametrize("rows", [0, 1, 2, 33])
+def test_every_shape(risk, vocabulary, rows):
+    compare(head(rows, vocabulary), risk, torch.float32, workspace_bytes=TINY if rows == 33 else None)
+
+
+@some_risks
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": 0.5}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 8.0, "ref_scale": 0.7, "ref_softcap": 6.0}],
+    ids=str,
+)
+def test_scale_and_softcap(risk, options):
+    compare(head(9, 129), risk, torch.float32, entropy=True, **options)
+
+
+def rows_of_logits(kind: str) -> tuple[Tensor, Tensor]:
+    z = torch.randn(6, 200)
+    r = z + 0.3 * torch.randn(6, 200)
+    if kind == "saturated":
+        z, r = 30 * z.sign(), 30 * r.sign()
+    elif kind == "huge":
+        z, r = 1e4 * z.sign() + z, 1e4 * z.sign() + r
+    elif kind == "ties":
+        z, r = z.round(), z.round() + torch.randint(0, 3, r.shape)
+    elif kind == "peaked":
+        z[:, 3], r[:, 3] = 25, 25
+    elif kind == "offset":
+        z, r = z + 1000, r - 1000
+    elif kind == "masked":
+        z[:, 150:], r[:, 150:] = -torch.inf, -torch.inf
+    elif kind == "equal":
+        r = z.clone()
+    return z, r
+
+
+ROW_KINDS = ["plain", "saturated", "huge", "ties", "peaked", "offset", "masked", "equal"]
+
+
+@every_risk
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_awkward_rows(risk, kind):
+    z, r = rows_of_logits(kind)
+    labels = torch.tensor([0, 3, 100, -100, 149, 7])
+    results = []
+    for dtype, impl in ((torch.float32, "chunked"), (torch.float32, "naive"), (torch.float64, "naive")):
+        leaf = z.to(dtype).requires_grad_()
+        stats = token_risk(leaf, r.to(dtype), labels, risk, entropy=True, impl=impl)
+        loss = sum(
+            (w * o).sum()
+            for w, o in zip((1.0, 0.7, -0.3), (stats.logp, stats.risk, stats.kl), strict=True)
+            if o is not None
+        )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        values = {k: v.detach() for k, v in stats._asdict().items() if v is not None}
+        results.append(values | {"d_policy_logits": gradient})
+    assert all(t.isfinite().all() for t in results[0].values())
+    assert_within_naive_error(*results, epsilon=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_risk
+def test_policy_at_reference_has_no_risk_and_no_gradient(risk, dtype, impl):
+    case = head(12, 1000, dtype)
+    case |= {"ref_hidden": case["hidden"], "ref_weight": case["weight"], "ref_bias": case["bias"]}
+    upstream = torch.stack([torch.zeros(12), torch.ones(12), torch.ones(12)])
+    result = evaluate(case, risk, upstream, impl=impl)
+    torch.testing.assert_close(result["logp"], result["ref_logp"], rtol=0, atol=0)
+    if risk is not None:
+        assert result["risk"].abs().max() <= 1e-7
+        assert result["kl"].abs().max() <= 1e-7
+    z = (case["hidden"] @ case["weight"].T).float().requires_grad_()
+    stats = token_risk(z, z.detach(), case["labels"], risk, impl=impl)
+    if risk is not None:
+        for output in (stats.risk, stats.kl):
+            (gradient,) = torch.autograd.grad(output.sum(), z, retain_graph=True)
+            # autograd of the definition multiplies the softmax by a rounded sum of the weights
+            assert gradient.abs().max() <= (1e-7 if impl == "chunked" else 2.4e-7)
+
+
+@pytest.mark.parametrize("risk", [r for r in RISKS if r], ids=str)
+def test_gradient_is_softmax_minus_weights(risk):
+    z = torch.randn(5, 40, dtype=torch.float64, requires_grad=True)
+    r = torch.randn(5, 40, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(token_risk(z, r, torch.zeros(5, dtype=torch.int64), risk).risk.sum(), z)
+    weights = risk.weights(r.log_softmax(-1) - z.detach().log_softmax(-1), r.log_softmax(-1))
+    torch.testing.assert_close(gradient, z.detach().softmax(-1) - weights, rtol=0, atol=1e-12)
+
+
+@every_risk
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_gradients_are_finite_differences(risk, impl):
+    case = {k: t if k == "labels" else t.double() for k, t in head(4, 9, h=3, r=3).items()}
+    leaves = [case[k].requires_grad_() for k in LEAVES]
+
+    def outputs(hidden, weight, bias):
+        reference = (case["ref_hidden"], case["ref_weight"], case["labels"])
+        options = {"bias": bias, "ref_bias": case["ref_bias"], "scale": 0.8, "softcap": 6.0, "impl": impl}
+        stats = linear_token_risk(hidden, weight, *reference, risk, workspace_bytes=TINY, **options)
+        return [s for s in stats if s is not None and s.requires_grad]
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+def test_entropy_is_that_of_the_policy():
+    z = torch.randn(4, 50, dtype=torch.float64, requires_grad=True)
+    stats = token_risk(z, torch.randn(4, 50).double(), torch.tensor([1, 2, -100, 3]), KL(), entropy=True)
+    expected = torch.distributions.Categorical(logits=z.detach()).entropy()
+    expected[2] = 0
+    torch.testing.assert_close(stats.entropy, expected, rtol=0, atol=1e-12)
+    assert not stats.entropy.requires_grad
+
+
+def test_measure_of_a_user_runs_chunked():
+    compare(head(19, 129), HalfMean(), torch.float32, workspace_bytes=TINY)
+
+
+def test_kl_risk_is_kl():
+    stats = token_risk(*rows_of_logits("plain"), torch.zeros(6, dtype=torch.int64), KL())
+    assert torch.equal(stats.risk, stats.kl)
+
+
+def test_leading_shape_is_kept():
+    z, r, labels = torch.randn(2, 3, 7), torch.randn(2, 3, 7), torch.randint(0, 7, (2, 3))
+    stats, flat = token_risk(z, r, labels, KL()), token_risk(z.view(6, 7), r.view(6, 7), labels.view(6), KL())
+    assert torch.equal(stats.risk, flat.risk.view(2, 3))
+    assert torch.equal(stats.logratio, (flat.logp - flat.ref_logp).view(2, 3))
+
+
+# ---- the policy alone ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_policy_alone_is_log_softmax(impl):
+    case = head(6, 50)
+    hidden = case["hidden"].requires_grad_()
+    stats = linear_token_risk(hidden, case["weight"], None, None, case["labels"], None, impl=impl)
+    logits = hidden.detach().double() @ case["weight"].double().T
+    expected = logits.log_softmax(-1).gather(1, case["labels"].clamp(min=0)[:, None])[:, 0]
+    expected[1] = 0
+    torch.testing.assert_close(stats.logp.detach().double(), expected, rtol=0, atol=2e-6)
+    assert stats.risk is None
+    assert stats.kl is None
+    assert (stats.ref_logp == 0).all()
+    assert stats.logp.requires_grad
+
+
+def test_risk_without_reference_is_refused():
+    case = head(3, 5)
+    with pytest.raises(ValueError, match=r"risk=KL\(\) compares with a reference"):
+        linear_token_risk(case["hidden"], case["weight"], None, None, case["labels"], KL())
+    with pytest.raises(ValueError, match="come together"):
+        linear_token_risk(case["hidden"], case["weight"], case["ref_hidden"], None, case["labels"], None)
+
+
+# ---- ignored rows, partial gradients, chunks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@some_risks
+def test_ignored_rows_are_zero_and_harmless(risk, impl):
+    """nan in the inputs of an ignored row, and nan coming back into it, reach nothing."""
+    case = head(7, 33)
+    clean = {k: t.clone() for k, t in case.items()}
+    case["hidden"][1], case["ref_hidden"][1] = torch.nan, torch.nan
+    upstream = torch.randn(3, 7)
+    poisoned = upstream.clone()
+    poisoned[:, 1] = torch.nan
+    ours, expected = evaluate(case, risk, poisoned, impl=impl), evaluate(clean, risk, upstream, impl=impl)
+    for name, truth in expected.items():
+        assert torch.equal(ours[name], truth), name
+    assert all(ours[name][1] == 0 for name in ("logp", "ref_logp", "risk", "kl") if name in ours)
+    assert (ours["d_hidden"][1] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_logits_of_ignored_rows_may_be_nan(impl):
+    z, r = torch.randn(3, 9), torch.randn(3, 9)
+    z[1], r[1] = torch.nan, torch.inf
+    z.requires_grad_()
+    stats = token_risk(z, r, torch.tensor([0, -100, 4]), CVaR(0.5), entropy=True, impl=impl)
+    (gradient,) = torch.autograd.grad((stats.risk + stats.logp + stats.kl).sum(), z)
+    assert all(s[1] == 0 for s in stats)
+    assert (gradient[1] == 0).all()
+    assert gradient[[0, 2]].isfinite().all()
+
+
+@some_risks
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_all_ignored_stays_connected(risk, impl):
+    """A distributed step would hang if one rank had no graph."""
+    case = head(5, 33)
+    case["labels"][:] = -100
+    result = evaluate(case, risk, torch.ones(3, 5), impl=impl)
+    assert all((t == 0).all() for t in result.values())
+
+
+def test_rows_without_upstream_get_exact_zeros():
+    case = head(6, 33)
+    upstream = torch.randn(3, 6)
+    upstream[:, 3] = 0
+    assert (evaluate(case, CVaR(0.5), upstream)["d_hidden"][3] == 0).all()
+
+
+@some_risks
+@pytest.mark.parametrize("leaves", [("hidden",), ("weight",), ("bias",), ("weight", "bias")], ids=str)
+def test_partial_gradients_are_the_full_ones(risk, leaves):
+    """A frozen head wants no weight gradient, a frozen backbone no hidden gradient."""
+    case, upstream = head(8, 65), torch.randn(3, 8)
+    full, partial = evaluate(case, risk, upstream), evaluate(case, risk, upstream, leaves)
+    for name in leaves:
+        assert torch.equal(partial[f"d_{name}"], full[f"d_{name}"]), name
+
+
+@some_risks
+@pytest.mark.parametrize("used", ["logp", "risk", "kl"])
+def test_one_output_alone_can_be_differentiated(risk, used):
+    if risk is None and used != "logp":
+        pytest.skip("risk=None has no such output")
+    case, gradients = head(6, 33), []
+    for impl in ("naive", "chunked"):
+        hidden = case["hidden"].clone().requires_grad_()
+        stats = linear_token_risk(
+            hidden, case["weight"], case["ref_hidden"], case["ref_weight"], case["labels"], risk, impl=impl
+        )
+        gradients.append(torch.autograd.grad(getattr(stats, used).sum(), hidden)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=2e-5)
+
+
+@some_risks
+def test_chunk_size_does_not_matter(risk):
+    case, upstream = head(150, 129, torch.float64), torch.randn(3, 150)
+    whole = evaluate(case, risk, upstream, workspace_bytes=2**30)
+    for rows in (1, 7, 64, 128):
+        budget = 2 * rows * 129 * chunked.ROW_PAIRS["chunked"].bytes_per_logit
+        parts = evaluate(case, risk, upstream, workspace_bytes=budget)
+        for name, truth in whole.items():
+            assert (parts[name] - truth).abs().max() <= 1e-11, (name, rows)
+
+
+def test_logits_in_chunks_are_bitwise_the_same(monkeypatch):
+    """Rows are independent: without matrix products not a bit may change."""
+    z, r, labels = torch.randn(70, 129), torch.randn(70, 129), torch.randint(0, 129, (70,))
+    whole = token_risk(z, r, labels, CVaR(0.5))
+    monkeypatch.setitem(chunked.WORKSPACE_BYTES, "cpu", 3 * 129 * chunked.ROW_PAIRS["chunked"].bytes_per_logit)
+    parts = token_risk(z, r, labels, CVaR(0.5))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True) if a is not None)
+
+
+def test_every_element_is_written():
+    """Fresh memory filled with nan: what nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        compare(head(70, 129), CVaR(0.5), torch.float32, workspace_bytes=TINY)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_inputs_are_left_alone():
+    case = head(9, 33)
+    before = {k: t.clone() for k, t in case.items()}
+    z, r = torch.randn(9, 33), torch.randn(9, 33)
+    z_before, r_before = z.clone(), r.clone()
+    evaluate(case, CVaR(0.5), torch.randn(3, 9), scale=0.5, softcap=4.0)
+    leaf = z.requires_grad_()
+    token_risk(leaf, r, case["labels"], ERM(5), scale=0.5, softcap=4.0).risk.sum().backward()
+    assert all(torch.equal(case[k], before[k]) for k in case)
+    assert torch.equal(z.detach(), z_before)
+    assert torch.equal(r, r_before)
+
+
+# ---- autocast, operators, compiler -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_autocast_is_the_cast_by_hand(impl):
+    case, upstream = head(9, 65), torch.randn(3, 9)
+    by_hand = evaluate({k: t if k == "labels" else t.bfloat16() for k, t in case.items()}, KL(), upstream, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        automatic = evaluate(case, KL(), upstream, impl=impl)
+    assert torch.equal(automatic["risk"], by_hand["risk"])
+    assert automatic["d_weight"].dtype == torch.float32
+    torch.testing.assert_close(automatic["d_weight"], by_hand["d_weight"].float(), rtol=0, atol=0)
+
+
+@some_risks
+def test_operators_keep_their_contract(risk):
+    """Schema, fakes and autograd registration, by torch's own checker."""
+    case = head(5, 9)
+    options = chunked.RowOptions(risk, 1.0, 1.0, None, None, -100, True).encode()
+    tensors = [case[k].requires_grad_(k in LEAVES) for k in ("hidden", "weight", "bias", "ref_hidden", "ref_weight")]
+    torch.library.opcheck(chunked._linear_forward, (*tensors, case["ref_bias"], case["labels"], options, "chunked", 2))
+    logits = torch.randn(5, 9, requires_grad=True), torch.randn(5, 9)
+    torch.library.opcheck(chunked._token_forward, (*logits, case["labels"], options, "chunked", 2))
+
+
+def test_compiles_without_a_graph_break():
+    case = head(9, 33)
+
+    def loss(hidden, weight):
+        stats = linear_token_risk(hidden, weight, case["ref_hidden"], case["ref_weight"], case["labels"], CVaR(0.5))
+        return (stats.logp - stats.risk).sum()
+
+    leaves = [case[k].requires_grad_() for k in ("hidden", "weight")]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = torch.autograd.grad(compiled(*leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+# ---- the choice of an implementation ---------------------------------------------------------------------------------
+
+
+def call(**options) -> TokenStats:
+    return token_risk(torch.randn(2, 5), torch.randn(2, 5), torch.tensor([0, 1]), KL(), **options)
+
+
+def test_explicit_triton_says_why_it_cannot_run():
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run here: the tensors are on cpu.*impl='chunked'"):
+        call(impl="triton")
+
+
+def test_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="impl is one of auto, naive, chunked, triton, got 'fast'"):
+        call(impl="fast")
+
+
+def test_environment_replaces_auto_only(monkeypatch):
+    monkeypatch.setenv("RSA_KERNELS_IMPL", "naive")
+    x = torch.zeros(1)
+    assert ops.resolve("auto", x, KL()) == "naive"
+    assert ops.resolve("chunked", x, KL()) == "chunked"
+    monkeypatch.setenv("RSA_KERNELS_IMPL", "triton")
+    with pytest.raises(RuntimeError, match="RSA_KERNELS_IMPL='triton' cannot run here"):
+        call()
+    monkeypatch.setenv("RSA_KERNELS_IMPL", "quick")
+    with pytest.raises(ValueError, match="RSA_KERNELS_IMPL is one of"):
+        call()
+
+
+def test_auto_says_once_what_it_chose(caplog, monkeypatch):
+    monkeypatch.setattr(ops, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="rsa_kernels"):
+        call()
+        call()
+    assert [r.message for r in caplog.records] == [
+        "impl='auto' is 'chunked' for KL on cpu: this version has no Triton row kernels"
+    ]
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("label", [5, -1, -99])
+def test_label_outside_the_vocabulary_is_named(label, impl):
+    with pytest.raises(ValueError, match=rf"label {label} at position 1 is outside the vocabulary \[0, 5\)"):
+        token_risk(torch.randn(2, 5), torch.randn(2, 5), torch.tensor([0, label]), KL(), impl=impl)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    case = head(4, 6)
+    with pytest.raises(ValueError, match=r"got \[2, 5\], \[2, 6\] and \[2\]"):
+        token_risk(torch.randn(2, 5), torch.randn(2, 6), torch.tensor([0, 1]), KL())
+    with pytest.raises(ValueError, match=r"hidden \[4, 16\], weight \[6, 24\]"):
+        linear_token_risk(case["hidden"], case["ref_weight"], None, None, case["labels"], None)
+    with pytest.raises(ValueError, match="weight has 6 rows and ref_weight 5"):
+        linear_token_risk(
+            case["hidden"], case["weight"], case["ref_hidden"], case["ref_weight"][:5], case["labels"], KL()
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 0.0}, "softcap is a positive number, got 0.0"),
+        ({"scale": -1.0}, "scale is a positive number, got -1.0"),
+        ({"risk": "CVaR"}, "risk is a RiskMeasure such as"),
+        ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, "labels are int64 token ids, got torch.int32"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    arguments = {"labels": torch.tensor([0, 1]), "risk": KL()} | options
+    with pytest.raises(ValueError, match=message):
+        token_risk(torch.randn(2, 5), torch.randn(2, 5), **arguments)
+
+
+def test_mixed_dtypes_are_refused():
+    case = head(4, 6)
+    with pytest.raises(ValueError, match="share one dtype, got bfloat16, float32"):
+        linear_token_risk(case["hidden"].bfloat16(), case["weight"], None, None, case["labels"], None)
+
+
+def test_workspace_must_be_positive():
+    case = head(4, 6)
+    with pytest.raises(ValueError, match="workspace_bytes is a positive number of bytes, got 0"):
+        linear_token_risk(case["hidden"], case["weight"], None, None, case["labels"], None, workspace_bytes=0)
+
+
+def test_sharded_weight_is_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        case = head(4, 6)
+        weight = distribute_tensor(case["weight"], init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(TypeError, match="weight is a DTensor, a shard of the head: call the operator inside"):
+            linear_token_risk(case["hidden"], weight, None, None, case["labels"], None)
+    finally:
+        dist.destroy_process_group()
