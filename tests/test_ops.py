@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from rsa_kernels import ERM, KL, CVaR, RiskMeasure, TokenStats, chunked, linear_token_risk, ops, token_risk
+from rsa_kernels import ERM, KL, CVaR, RiskMeasure, TokenStats, chunked, linear_token_risk, ops, rows, token_risk
+from rsa_kernels.rows import tail_threshold
 from torch import Tensor
 
 RISKS = [KL(), CVaR(0.97), CVaR(0.5), CVaR(0.1), CVaR(0.01), CVaR(1.0), ERM(0), ERM(1e-4), ERM(0.1), ERM(1), ERM(5)]
@@ -92,9 +93,17 @@ def test_chunked_is_the_definition(risk, dtype):
 
 @some_risks
 @pytest.mark.parametrize("vocabulary", [1, 7, 129, 1000])
-@pytest.mark.parametrize("rows", [0, 1, 2, 33])
-def test_every_shape(risk, vocabulary, rows):
-    compare(head(rows, vocabulary), risk, torch.float32, workspace_bytes=TINY if rows == 33 else None)
+@pytest.mark.parametrize("count", [0, 1, 2, 33])
+def test_every_shape(risk, vocabulary, count):
+    compare(head(count, vocabulary), risk, torch.float32, workspace_bytes=TINY if count == 33 else None)
+
+
+@pytest.mark.parametrize("tail", [0.97, 0.5, 0.1, 0.01])
+def test_block_large_enough_for_the_threshold_search(tail, monkeypatch):
+    searched = []
+    monkeypatch.setattr(rows, "tail_threshold", lambda *a: searched.append(a) or tail_threshold(*a))
+    compare(head(67, 1000), CVaR(tail), torch.float32)
+    assert len(searched) == 1
 
 
 @some_risks
@@ -325,11 +334,11 @@ def test_one_output_alone_can_be_differentiated(risk, used):
 def test_chunk_size_does_not_matter(risk):
     case, upstream = head(150, 129, torch.float64), torch.randn(3, 150)
     whole = evaluate(case, risk, upstream, workspace_bytes=2**30)
-    for rows in (1, 7, 64, 128):
-        budget = 2 * rows * 129 * chunked.ROW_PAIRS["chunked"].bytes_per_logit
+    for count in (1, 7, 64, 128):
+        budget = 2 * count * 129 * chunked.ROW_PAIRS["chunked"].bytes_per_logit
         parts = evaluate(case, risk, upstream, workspace_bytes=budget)
         for name, truth in whole.items():
-            assert (parts[name] - truth).abs().max() <= 1e-11, (name, rows)
+            assert (parts[name] - truth).abs().max() <= 1e-11, (name, count)
 
 
 def test_logits_in_chunks_are_bitwise_the_same(monkeypatch):

@@ -84,8 +84,10 @@ def _dead_rows(labels: Tensor, grads: RowGradients, ignore_index: int) -> Tensor
 
 
 def _chunks(labels: Tensor, rows: int) -> Iterator[slice]:
+    """Chunks of at most `rows` rows and of nearly equal size: a short last one would waste its matrix products."""
     count = labels.shape[0]
-    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+    chunks = -(-count // rows)
+    return (slice(i * count // chunks, (i + 1) * count // chunks) for i in range(chunks))
 
 
 def _empty_outputs(labels: Tensor, dtype: torch.dtype, options: RowOptions) -> Outputs:

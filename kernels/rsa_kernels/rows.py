@@ -185,7 +185,9 @@ def _outcomes(z: Tensor, r: Tensor, z_norm: Tensor, r_norm: Tensor) -> Outcomes:
 
 def _scalars(risk: RiskMeasure, outcomes: Outcomes) -> Tensor:
     # On a CPU the sort of CVaR would take longer than everything else in a small head, its matrix products included.
-    if isinstance(risk, CVaR) and risk.tail < 1 and outcomes.x.device.type == "cpu":
+    # On blocks smaller than this the search spends more time starting operations than the sort takes.
+    large = outcomes.x.device.type == "cpu" and outcomes.x.numel() >= 2**16
+    if isinstance(risk, CVaR) and risk.tail < 1 and large:
         return risk.split(outcomes, tail_threshold(outcomes, risk.tail))
     return risk.scalars(outcomes)
 
