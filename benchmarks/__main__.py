@@ -64,7 +64,7 @@ def measure(case: Case, samples: int, device: torch.device) -> list[dict[str, An
     """Milliseconds and peak memory of every method, forward alone and with backward."""
     rows = []
     for mode in ("forward", "forward+backward"):
-        methods = {name: _runner(case, name, mode) for name in METHODS}
+        methods: dict[str, Callable[[], Any]] = {name: _runner(case, name, mode) for name in METHODS}
         times = interleave(methods, samples, device)
         rows += [_row(case, name, mode, times[name], peak_extra_bytes(methods[name], device)) for name in METHODS]
     return rows
