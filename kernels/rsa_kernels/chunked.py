@@ -101,6 +101,13 @@ def _empty_outputs(labels: Tensor, dtype: torch.dtype, options: RowOptions) -> O
     return logp, ref_logp, value, kl, entropy, labels.new_zeros(count, options.saved_count, dtype=dtype)
 
 
+def _save_inputs(ctx: Any, inputs: tuple, output: Outputs) -> None:
+    *tensors, options, impl, rows = inputs
+    ctx.constants = options, impl, rows
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[-1])
+
+
 def _upstream(options: str, grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe) -> RowGradients:
     """Gradients of the outputs that exist; those without elements are left out."""
     risk = RowOptions.decode(options).risk
@@ -173,20 +180,13 @@ def _(grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe, policy_logits: Tensor,
     return policy_logits.new_empty(policy_logits.shape)
 
 
-def _token_setup(ctx: Any, inputs: tuple, output: Outputs) -> None:
-    *tensors, options, impl, rows = inputs
-    ctx.constants = options, impl, rows
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[-1])
-
-
 def _token_vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: Maybe, *_: Any) -> tuple:
     upstream = _upstream(ctx.constants[0], grad_logp, grad_risk, grad_kl)
     d_logits = _token_backward(*upstream, *ctx.saved_tensors, *ctx.constants)
     return d_logits, None, None, None, None, None
 
 
-_token_forward.register_autograd(_token_vjp, setup_context=_token_setup)
+_token_forward.register_autograd(_token_vjp, setup_context=_save_inputs)
 
 
 def _copies(policy_logits: Tensor, ref_logits: Tensor | None) -> Project:
@@ -280,13 +280,6 @@ def _(grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe, hidden: Tensor, weight
     return _gradient_buffers(hidden, weight, args[-1], weight.dtype)
 
 
-def _linear_setup(ctx: Any, inputs: tuple, output: Outputs) -> None:
-    *tensors, options, impl, rows = inputs
-    ctx.constants = options, impl, rows
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[-1])
-
-
 def _linear_vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: Maybe, *_: Any) -> tuple:
     needs = list(ctx.needs_input_grad[:3])
     upstream = _upstream(ctx.constants[0], grad_logp, grad_risk, grad_kl)
@@ -294,7 +287,7 @@ def _linear_vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 7
 
 
-_linear_forward.register_autograd(_linear_vjp, setup_context=_linear_setup)
+_linear_forward.register_autograd(_linear_vjp, setup_context=_save_inputs)
 
 
 def _gradient_buffers(hidden: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype) -> tuple:
