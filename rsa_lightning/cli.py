@@ -31,13 +31,14 @@ def main(argv: list[str] | None = None) -> int:
         if command in ("fit", "validate", "test"):
             from rsa_lightning.fit import FitCLI
 
+            _no_weight_bars()
             FitCLI(arguments)
             return 0
         raise ValueError(f"unknown command {command!r}: choose align, fit, validate or test")
     except Exception as error:
         if not _is_user_error(error):
             raise
-        print(f"rsa: error: {error}", file=sys.stderr)
+        print(f"rsa: error: {_message(error)}", file=sys.stderr)
         return 1
 
 
@@ -46,6 +47,7 @@ def _align(arguments: list[str]) -> int:
     from rsa_lightning.pipeline import align
 
     _quiet_lightning()
+    _no_weight_bars()
     parser = argparse.ArgumentParser(
         prog="rsa align",
         usage="rsa align -c FILE [-c LAYER ...] [--output DIR] [--KEY.SUBKEY VALUE ...]",
@@ -86,6 +88,14 @@ def _is_user_error(error: Exception) -> bool:
     return ours and isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError, ImportError, argparse.ArgumentError))
 
 
+def _message(error: Exception) -> str:
+    if not isinstance(error, argparse.ArgumentError):
+        return str(error)
+    from rsa_lightning.parsing import plain_message
+
+    return plain_message(error)
+
+
 def _show_our_messages() -> None:
     """Our loggers print plain sentences; known noise of libraries on correct use is dropped."""
     handler = logging.StreamHandler()
@@ -96,6 +106,13 @@ def _show_our_messages() -> None:
         logger.setLevel(logging.INFO)
     for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*exists and is not empty.*"):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _no_weight_bars() -> None:
+    """transformers draws a bar for every file it reads or writes."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _quiet_lightning() -> None:

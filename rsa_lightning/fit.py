@@ -1,9 +1,11 @@
 """From a configuration to a trainer, a stage and its data: one LightningCLI, for `rsa fit` and for every step of `rsa align`."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 # imported so that configurations can name their classes without a module path
 from rsa_lightning import callbacks, losses, reference, supervised  # noqa: F401
@@ -12,6 +14,14 @@ from rsa_lightning.stages import PolicyStage
 
 # the data module shards by rank itself; Lightning must not wrap its sampler
 TRAINER_DEFAULTS: dict[str, Any] = {"use_distributed_sampler": False}
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml beside the logs; without a logger there is no such place, and the working directory is not one."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
 
 
 class FitCLI(LightningCLI):
@@ -27,21 +37,36 @@ class FitCLI(LightningCLI):
             PolicyStage,
             PreferenceData,
             subclass_mode_model=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig if self._mapping is None else None,  # a run directory has its own
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False} if self._mapping else {"prog": "rsa"},  # type: ignore[arg-type]
+            parser_kwargs=_parser_options(["fit", "validate", "test"]) if self._mapping is None else _parser_options(),
             args=None if self._mapping else args,  # type: ignore[arg-type]
             run=self._mapping is None,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if self._mapping is None:
-            super().parse_arguments(parser, args)
-        else:
-            self.config = parser.parse_object(dict(self._mapping))
+        # not super(): it warns whenever arguments are handed in and sys.argv has some too
+        self.config = parser.parse_args(args) if self._mapping is None else parser.parse_object(dict(self._mapping))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if trainer.world_size != launched and "TORCHELASTIC_RUN_ID" in os.environ:
+            # on CPU `devices: auto` is one process: each of them would train alone, without a word
+            raise ValueError(
+                f"torchrun started {launched} processes, the trainer uses {trainer.world_size}: set trainer.devices to the "
+                "processes of a node and trainer.num_nodes to the number of nodes"
+            )
+        return trainer
 
     def dump(self) -> str:
         """The resolved configuration, as YAML that `rsa fit -c` takes."""
         return self.parser.dump(self.config, skip_validation=True)
+
+
+def _parser_options(subcommands: list[str] | None = None) -> dict[str, Any]:
+    """Parsers that raise instead of printing their usage and ending the process."""
+    options = {"exit_on_error": False}
+    return {**options, "prog": "rsa", **{name: options for name in subcommands}} if subcommands else dict(options)

@@ -23,8 +23,8 @@ class PolicySpec:
 
     Args:
         model: folder (or hub id) with config.json and safetensors weights.
-        config: `model_type` and the fields of its transformers configuration; weights are drawn with `seed`, and the
-            vocabulary size and special token ids come from the tokenizer.
+        config: of a fresh model, made where `model` is not given: `model_type` and fields of its transformers
+            configuration. Weights are drawn with `seed`; vocabulary size and special token ids come from the tokenizer.
         tokenizer: folder (or hub id) of the tokenizer; by default the model's own.
         dtype: dtype of the weights.
         revision: commit of a hub id.
@@ -41,12 +41,11 @@ class PolicySpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.config is None):
+        if self.model is None and self.config is None:
             raise ValueError(
-                "policy: give exactly one of `model` (a Hugging Face folder or hub id) and `config` (model_type and fields "
-                f"of a fresh model), got model={self.model!r} and config={self.config!r}"
+                "policy: give `model` (a Hugging Face folder or hub id) or `config` (model_type and fields of a fresh model)"
             )
-        if self.config is not None and "model_type" not in self.config:
+        if self.model is None and "model_type" not in (self.config or {}):
             raise ValueError("policy.config needs `model_type`, for example llama")
 
 
@@ -116,6 +115,15 @@ class Policy(nn.Module):
     @property
     def head(self) -> RiskHead:
         return self.model.get_output_embeddings()
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError where sequences of this many tokens have positions the model does not know."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise ValueError(
+                f"max_length is {tokens} tokens, the model knows {limit} positions (max_position_embeddings): "
+                f"set data.max_length to at most {limit}, or take a model with a longer context"
+            )
 
     def states(self, batch: PreferenceBatch) -> Float[Tensor, "N H"]:
         """Hidden states that predict the N response tokens of the batch."""

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from argparse import ArgumentError
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 import lightning as L
 import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from rsa_lightning import stories
 from rsa_lightning.checkpoint import folder_hashes, key_of, write_json
@@ -33,6 +33,7 @@ from rsa_lightning.evaluation.report import ModelRecord, print_results, write_re
 from rsa_lightning.evaluation.score import load_scorer, score
 from rsa_lightning.fit import FitCLI
 from rsa_lightning.models import PolicySpec, load_policy
+from rsa_lightning.parsing import plain_message
 from rsa_lightning.plan import BASE, SOURCES, AlignConfig, StepConfig, fit_config, read_config, sources_of
 
 MANIFEST = "manifest.json"
@@ -60,7 +61,6 @@ class Run:
         self.manifest = _read_manifest(self.folder)
         self.files: dict[str, Path] = {}  # source -> file
         self.tokenizer: str | None = config.model.tokenizer or config.model.model
-        transformers_logging.disable_progress_bar()
 
     def execute(self) -> dict[str, Any]:
         # everything that can be wrong with the configuration is found before the run directory is touched
@@ -130,9 +130,8 @@ class Run:
                 progress_bar=sys.stdout.isatty(),
             )
             return FitCLI(config)
-        except Exception as error:
-            error.args = (f"steps.{name}: {' '.join(str(error).split())}",)
-            raise
+        except (ValueError, OSError, ArgumentError) as error:
+            raise ValueError(f"steps.{name}: {plain_message(error)}") from error
 
     def _neighbours(self, name: str) -> tuple[str, str]:
         """Names (or folders) of a step's start and reference."""
@@ -185,7 +184,7 @@ class Run:
             "model": folder_hashes(folder / "model"),
         }
         self._note(steps=self.manifest.get("steps", {}) | {name: entry})
-        self.console.print(f"  {cli.trainer.global_step} steps in {seconds:.0f} s; {_validation(cli.trainer)}")
+        self.console.print(f"  {cli.trainer.global_step} steps in {seconds:.0f} s; {_validation(cli.trainer)}", soft_wrap=True)
 
     def _inputs_of(self, name: str, step: StepConfig, cli: FitCLI) -> dict[str, Any]:
         """Everything that decides a step's model; paths are replaced by the hashes of what they hold."""
@@ -230,14 +229,14 @@ class Run:
                 "origin": folder_hashes(origin),
                 "evaluation": dataclasses.asdict(wanted),
                 "prompts": prompts,
-                "data": self.manifest["data"],
+                "data": {source: entry["sha256"] for source, entry in self.manifest["data"].items()},
                 "options": self.config.data.options,
             }
         )
         samples, judged = folder / "samples.jsonl", folder / "preference.json"
         done = self.manifest.get("evaluations", {}).get(name) == key and samples.exists() and judged.exists()
         if not done:
-            self.console.print(f"[bold]{name}[/]: sampling {len(prompts) * wanted.samples_per_prompt} answers")
+            self.console.print(f"[bold]{name}[/]: {len(prompts) * wanted.samples_per_prompt} answers are sampled and scored")
             samples.unlink(missing_ok=True)
             generate(folder / "model", prompts, samples, start_folder=origin, sampling=self._sampling(), device=_device())
             score(samples, wanted.scorer)

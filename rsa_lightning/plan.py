@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rsa_lightning.config import merge
 from rsa_lightning.models import PolicySpec
+from rsa_lightning.parsing import plain_message
 from rsa_lightning.temperatures import Parametrization
 
 BASE = "base"  # the model before the first step
@@ -303,14 +304,10 @@ def _parse(kind: type, values: Mapping[str, Any], skip: set[str], where: str) ->
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, as_group=False, skip=skip)
     try:
-        found = parser.instantiate_classes(parser.parse_object(dict(values)))
+        found = parser.instantiate(parser.parse_object(dict(values)))
     except ArgumentError as error:
-        raise ValueError(f"{where + ': ' if where else ''}{_one_line(error)}") from error
+        raise ValueError(f"{where + ': ' if where else ''}{plain_message(error)}") from error
     return kind(**vars(found))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

@@ -41,8 +41,9 @@ class PolicyStage(L.LightningModule, abc.ABC):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-            self.policy = load_policy(self.policy_spec, tokenizer).train()
+            data = getattr(self.trainer, "datamodule", None)
+            self.policy = load_policy(self.policy_spec, getattr(data, "tokenizer", None)).train()
+            self.policy.check_length(data.lengths.max_length if data else 0)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])

@@ -263,7 +263,7 @@ def test_mistakes_are_named(tiny_llama: Path, tiny_tokenizer: Any, tmp_path: Pat
     config = json.loads((mute / "tokenizer_config.json").read_text())
     config.pop("eos_token")
     (mute / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(GenerationError, match="has no EOS token"):
+    with pytest.raises(ValueError, match="has no EOS token"):
         generate(mute, PROMPTS, path)
     foreign = shutil.copytree(tiny_llama, tmp_path / "foreign")
     longer = AutoTokenizer.from_pretrained(tiny_llama)

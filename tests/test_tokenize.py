@@ -354,3 +354,16 @@ def test_positions_pick_the_log_probabilities_of_the_responses(tiny_llama):
         logits = model(batch["input_ids"], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         logp = logits.flatten(0, 1)[batch["positions"]].log_softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
         torch.testing.assert_close(logp, torch.stack(alone), atol=1e-5, rtol=0)
+
+
+def test_a_plain_tokenizer_stays_what_it_was_beside_any_model(tmp_path, tiny_tokenizer):
+    """transformers gives the qwen2 model type its own tokenizer class, with one more token and other word splits."""
+    from transformers import AutoTokenizer, Qwen2Config
+
+    Qwen2Config(vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert len(again) == len(tiny_tokenizer)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) != len(tiny_tokenizer)  # else this function is no longer needed
+    text = "Well, 1234 foxes'll cross\n\n the  river"
+    assert again.encode(text) == tiny_tokenizer.encode(text)

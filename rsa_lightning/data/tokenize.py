@@ -8,6 +8,7 @@ The rules, for every tokenizer:
 - a prompt is cut from the left, then a response from the right, and never to nothing.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -128,7 +129,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder, or of a model on the hub. Raises FormatError where there is none, or no EOS."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        # AutoTokenizer gives some model types (qwen2) their own class whatever was saved beside them, and that class splits
+        # words in another way than the file says: a plain tokenizer.json is taken as it is
+        tokenizer = (PreTrainedTokenizerFast if _is_plain(Path(name)) else AutoTokenizer).from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(
@@ -137,6 +140,15 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         ) from None
     check_tokenizer(tokenizer)
     return tokenizer
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether the folder's tokenizer is nothing but its tokenizer.json."""
+    settings = folder / "tokenizer_config.json"
+    if not (settings.is_file() and (folder / "tokenizer.json").is_file()):
+        return False
+    declared = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
+    return declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsa_lightning.data.formats import RowDefect
-from rsa_lightning.data.tokenize import encode_prompt
+from rsa_lightning.data.tokenize import encode_prompt, load_tokenizer
 from rsa_lightning.evaluation.samples import Sample, publish, resume_partial, to_line
 
 log = logging.getLogger(__name__)
@@ -313,20 +313,11 @@ def _usable_start(start_folder: Path | str | None, sampling: Sampling) -> Path |
 
 
 def _load_tokenizer(folder: Path, start_folder: Path | None) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.eos_token_id is None:
+    tokenizer = load_tokenizer(folder)
+    if start_folder not in (None, folder) and load_tokenizer(start_folder).get_vocab() != tokenizer.get_vocab():
         raise GenerationError(
-            f"the tokenizer in {folder} has no EOS token, so no answer would ever end: set eos_token and save it again"
+            f"{folder} and its start {start_folder} have different vocabularies: their log-probabilities cannot be compared"
         )
-    if start_folder not in (None, folder):
-        start_tokenizer = AutoTokenizer.from_pretrained(start_folder, local_files_only=True)
-        if start_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise GenerationError(
-                f"{folder} and its start {start_folder} have different vocabularies: their log-probabilities cannot be "
-                "compared"
-            )
     return tokenizer
 
 

@@ -1,0 +1,15 @@
+"""What a configuration parser says, in words for the user."""
+
+import re
+
+# lines of a jsonargparse message that say how it validates, not what is wrong
+_PARSER_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
+
+
+def plain_message(error: Exception) -> str:
+    """The message of a parser's error in one line: `model: SafetyAlignment: Option 'beat' is not accepted`."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.removeprefix("- ") for line in lines if line and not line.startswith(_PARSER_NOISE)]
+    text = " ".join(lines)
+    text = re.sub(r'Parser key "([^"]*)":', r"\1:", text)
+    return re.sub(r"Problem with given class_path '(?:[^']*\.)?([^'.]+)':", r"\1:", text)

@@ -1,0 +1,213 @@
+"""The `rsa` command as users call it: real processes, exit codes, and one clear line per mistake."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rsa_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+REWARD, SAFETY, QUICKSTART = (str(ROOT / f"configs/{name}.yaml") for name in ("reward", "safety", "quickstart"))
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+FAST = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.logger", "false", "--trainer.callbacks", "null",
+        "--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false", "--data.max_length", "64"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _closed_streams(monkeypatch):
+    """Lightning logs to the stderr it found at import, which pytest has closed by now; that is no error of the command."""
+    monkeypatch.setattr("logging.raiseExceptions", False)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"Question {i}?", "chosen": f" yes {i % 7}", "rejected": f" no, {i % 5} no"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rsa(*arguments, capsys=None) -> tuple[int, str]:
+    """Exit status and the last line of stderr, in this process."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # jsonargparse ends so after printing its message
+        status = int(stop.code or 0)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()] if capsys else [""]
+    return status, "\n".join(lines)
+
+
+def test_help_names_the_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "rsa align -c FILE" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_named(capsys):
+    assert rsa("aling", capsys=capsys) == (1, "rsa: error: unknown command 'aling': choose align, fit, validate or test")
+
+
+def test_fit_trains_and_exports(pairs, tmp_path):
+    """A real process, on the shipped configuration, with the loss switched on the command line."""
+    command = [sys.executable, "-m", "rsa_lightning", "fit", "-c", REWARD, "--data.path", pairs, *FAST[:4], "--data.max_length", "64",
+               "--model.loss", "DPO", "--trainer.logger.save_dir", tmp_path]  # fmt: skip
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "reward/version_0"
+    assert (folder / "model/model.safetensors").exists()
+    assert "train/rewards/accuracies" in (folder / "metrics.csv").read_text().splitlines()[0]
+    assert "class_path: rsa_lightning.losses.DPO" in (folder / "config.yaml").read_text()
+
+
+def truncated(tmp_path):
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 200)[:-12])
+    return path
+
+
+def wrong_columns(tmp_path):
+    path = tmp_path / "columns.jsonl"
+    path.write_text('{"question": "a", "good": "b", "bad": "c"}\n')
+    return path
+
+
+def empty(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text("")
+    return path
+
+
+DATA_MISTAKES = {
+    "missing": (lambda tmp_path: tmp_path / "nowhere.jsonl", "nowhere.jsonl"),
+    "truncated": (truncated, "cut.jsonl.gz"),
+    "wrong columns": (wrong_columns, "'prompt'"),
+    "empty": (empty, "empty.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", DATA_MISTAKES)
+def test_bad_data_is_one_line_with_the_file(name, tmp_path, capsys):
+    make, expected = DATA_MISTAKES[name]
+    status, message = rsa("fit", "-c", REWARD, "--data.path", make(tmp_path), *FAST, capsys=capsys)
+    assert status == 1
+    last = message.splitlines()[-1]
+    assert last.startswith("rsa: error: ")
+    assert expected in last
+    assert "Traceback" not in message
+
+
+SETTING_MISTAKES = {
+    "temperature twice": (["--model.loss.beta", "0.3"], "the temperature of the safety stage is given twice"),
+    "temperature of zero": (["--model.beta", "0"], "beta: a temperature must be a positive number, got 0"),
+    "multiplier of zero": (["--model.lam", "0"], "lam: the multiplier must be a positive number"),
+    "tail in percent": (["--model.risk.tail", "97"], r"CVaR tail is a probability mass in (0, 1], got 97"),
+    "binding triton": (["--model.impl", "triton"], "impl='triton' cannot run here"),
+    "a batch larger than the data": (["--data.batch_size", "1000"], "training pairs are fewer than one optimizer step takes"),
+    "no such model": (["--model.policy.model", "./no/model"], "no"),
+    "loss and risk that do not fit": (["--model.loss", "TDPO"], "TDPO needs risk KL"),
+    "mistyped key": (["--model.beat", "1"], "beat"),
+    "mistyped class": (["--model.loss", "DPOO"], "DPOO"),
+    "positions of the model": (["--data.max_length", "100000"], "max_position_embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", SETTING_MISTAKES)
+def test_bad_settings_are_one_line(name, pairs, capsys):
+    extra, expected = SETTING_MISTAKES[name]
+    status, message = rsa("fit", "-c", SAFETY, "--data.path", pairs, *FAST, *extra, capsys=capsys)
+    assert status != 0
+    assert expected in message
+    assert "Traceback" not in message
+
+
+def test_a_tokenizer_without_end_is_named(pairs, tiny_llama, tmp_path, capsys):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    file = tmp_path / "model/tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings.pop("eos_token")
+    file.write_text(json.dumps(settings))
+    status, message = rsa("fit", "-c", REWARD, "--data.path", pairs, *FAST, "--model.policy.model", tmp_path / "model", capsys=capsys)  # fmt: skip
+    assert status == 1
+    assert "EOS" in message
+
+
+def test_align_names_a_missing_file_and_writes_nothing(tmp_path, capsys):
+    status, message = rsa("align", "-c", ROOT / "configs/hh.yaml", "--output", tmp_path / "run", "--data.helpful", "h.jsonl",
+                          "--data.safety", "s.jsonl", capsys=capsys)  # fmt: skip
+    assert (status, message) == (1, "rsa: error: data.helpful: there is no file h.jsonl")
+    status, message = rsa("align", "-c", ROOT / "configs/hh.yaml", "--output", tmp_path / "run", capsys=capsys)
+    assert status == 1
+    assert "data.helpful is not given: pass --data.helpful FILE" in message or "no source" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--steps.reward.los", "DPO"], "steps.reward.los: unknown key"),
+        (["--steps.safety.loss", "DPOO"], "DPOO"),
+        (["--steps.safety.trainer.max_epoch", "3"], "max_epoch"),
+        (["--evaluation.scorer", "rsa_lightning.stories.nothing"], "nothing"),
+        (["--data.options.max_lenght", "3"], "max_lenght"),
+        (["--lam", "-2"], "lam: the multiplier must be a positive number"),
+        (["--output"], "--output needs a value"),
+        (["stray"], "expected --KEY VALUE, got 'stray'"),
+    ],
+)
+def test_align_mistakes_are_one_line(extra, expected, tmp_path, capsys):
+    status, message = rsa("align", "-c", QUICKSTART, "--output", tmp_path / "run", *extra, capsys=capsys)
+    assert status == 1
+    assert expected in message.splitlines()[-1]
+    assert message.splitlines()[-1].startswith("rsa: error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_shows_the_merged_layers(capsys):
+    assert main(["align", "-c", QUICKSTART, "--print_config", "--lam", "7"]) == 0
+    assert "lam: 7" in capsys.readouterr().out
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    """Only our own sentences are shortened: an error from anywhere else is shown whole."""
+    monkeypatch.setattr("rsa_lightning.config.load_layers", lambda *arguments: [][0])
+    with pytest.raises(IndexError):
+        main(["align", "-c", QUICKSTART])
+
+
+@pytest.mark.parametrize("loss", ["DPO", "RSA"])
+def test_two_ranks_make_the_same_step_as_one(loss, pairs, tiny_llama, tmp_path):
+    """Through torchrun and the command line: 2 processes x 4 pairs = 1 process x 8 pairs, three steps."""
+
+    def fit(name, batch_size, devices, *launcher):
+        options = ["--trainer.devices", devices, "--trainer.max_steps", "3", "--trainer.limit_val_batches", "1", "--trainer.logger.save_dir", tmp_path,
+                   "--trainer.logger.name", name, "--trainer.enable_checkpointing", "false", "--trainer.accelerator", "cpu",
+                   "--data.batch_size", batch_size, "--data.max_length", "64", "--model.policy.model", tiny_llama, "--model.loss", loss, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1.0"]  # fmt: skip
+        command = [sys.executable, "-m", *launcher, "rsa_lightning", "fit", "-c", REWARD, "--data.path", pairs, *options]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return load_file(next((tmp_path / name).rglob("model.safetensors")))
+
+    one = fit("one", 8, 1)
+    ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    two = fit("two", 4, 2, *ranks)
+    start = load_file(tiny_llama / "model.safetensors")
+    moved = max((one[name] - start[name]).abs().max() for name in start)
+    apart = max((one[name] - two[name]).abs().max() for name in start)
+    assert moved > 1e-4
+    assert apart < 1e-3 * moved
+
+
+def test_processes_that_would_train_alone_are_refused(pairs, monkeypatch, capsys):
+    """torchrun with two processes and one device: Lightning would run two unconnected trainings."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.setenv(name, "0")
+    status, message = rsa("fit", "-c", REWARD, "--data.path", pairs, *FAST, "--trainer.devices", "1", capsys=capsys)
+    assert status == 1
+    assert "torchrun started 2 processes, the trainer uses 1: set trainer.devices" in message

@@ -1,0 +1,41 @@
+"""Layers and overrides."""
+
+import pytest
+
+from rsa_lightning.config import dump, load_layers, merge, nest, parse
+
+
+def test_later_layers_win_key_by_key(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: {reward: {loss: DPO, trainer: {max_epochs: 1}}}\nseed: 1\n")
+    (tmp_path / "b.yaml").write_text("steps: {reward: {trainer: {max_steps: 5}}}\n")
+    config = load_layers([tmp_path / "a.yaml", tmp_path / "b.yaml"], [("steps.reward.trainer.max_epochs", "3"), ("beta", "1e-2")])
+    assert config == {"steps": {"reward": {"loss": "DPO", "trainer": {"max_epochs": 3, "max_steps": 5}}}, "seed": 1, "beta": 0.01}
+
+
+def test_a_value_replaces_a_mapping_and_null_removes():
+    assert merge({"loss": {"class_path": "RSA"}}, {"loss": "DPO"}) == {"loss": "DPO"}
+    assert merge({"model": {"config": {"a": 1}}}, nest("model.config", None)) == {"model": {"config": None}}
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 0.001), ("2.0e-5", 2e-5), ("3", 3), ("1.", 1.0), ("a.b", "a.b"), ("[1, 2]", [1, 2])])
+def test_numbers_are_numbers(text, value):
+    found = parse(text, "here")
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_merged_configuration_survives_being_written(tmp_path):
+    config = {"a": {"b": [1, {"c": None}]}, "d": 1e-5}
+    (tmp_path / "x.yaml").write_text(dump(config))
+    assert load_layers([tmp_path / "x.yaml"]) == config
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no configuration file .*nowhere.yaml"):
+        load_layers([tmp_path / "nowhere.yaml"])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="list.yaml must be a mapping of keys, got list"):
+        load_layers([tmp_path / "list.yaml"])
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match="broken.yaml is not valid YAML: .* line 2"):
+        load_layers([tmp_path / "broken.yaml"])

@@ -1,0 +1,188 @@
+"""`rsa align` end to end on small runs: the run directory, what is reused, and what is refused."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from rsa_lightning.config import merge
+from rsa_lightning.pipeline import align
+
+TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL_EVALUATION = {"samples_per_prompt": 2, "max_new_tokens": 8, "prompts": 4, "pairs": 8, "resamples": 20}
+FAST = {"limit_train_batches": 2, "limit_val_batches": 1, "log_every_n_steps": 1}
+STORIES = {
+    "model": {"config": TINY},
+    "data": {"stories": {"demonstrations": 40, "pairs": 40}, "options": {"tokenizer_vocab_size": 400, "max_length": 96, "batch_size": 4}},
+    "evaluation": {"scorer": "rsa_lightning.stories.score", **SMALL_EVALUATION},
+    "trainer": FAST,
+    "steps": {"warmup": {"kind": "warmup"}, "reward": {"kind": "reward"}, "safety": {"kind": "safety", "loss": "RSA", "risk": "CVaR"}},
+}
+
+
+def run(config, output, **changes) -> tuple[dict, str]:
+    """The results and what was printed."""
+    out = io.StringIO()
+    found = align(merge(merge(config, {"output": str(output)}), changes), Console(file=out, width=200))
+    return found, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of three steps. Tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    found, printed = run(STORIES, folder)
+    return folder, found, printed
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy in which the paths of the first run are as good as new: nothing in a run may depend on where it lies."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_the_run_directory(finished):
+    folder, found, _ = finished
+    for step in STORIES["steps"]:
+        names = {path.name for path in (folder / step).iterdir()}
+        assert {"config.yaml", "metrics.csv", "samples.jsonl", "model", "checkpoints"} <= names
+        AutoModelForCausalLM.from_pretrained(folder / step / "model")
+    names = {path.name for path in folder.iterdir()}
+    assert {"manifest.json", "results.json", "report.md", "training_curves.png", "reward_cost.png", "cost_quantiles.png"} <= names
+    assert not list(folder.rglob("*.partial"))
+    assert json.loads((folder / "results.json").read_text()) == found
+
+
+def test_results_are_those_of_the_samples(finished):
+    folder, found, _ = finished
+    assert [model["name"] for model in found["models"]] == ["warmup", "reward", "safety"]
+    for model in found["models"]:
+        samples = [json.loads(line) for line in (folder / model["name"] / "samples.jsonl").open()]
+        assert model["samples"] == len(samples) == 2 * 60
+        assert model["reward_mean"] == pytest.approx(sum(s["reward"] for s in samples) / len(samples))
+        assert model["unsafe_rate"] == pytest.approx(sum(s["cost"] > 0 for s in samples) / len(samples))
+        assert model["kl_to_start"] == pytest.approx(sum(s["logp"] - s["ref_logp"] for s in samples) / len(samples), abs=1e-9)
+        assert set(model["cost_var"]) == set(model["cost_cvar"]) == {"0.9", "0.95", "0.99"}
+    assert found["models"][0]["kl_to_start"] == 0
+    assert set(found["models"][2]["preference"]) == {"helpful", "safety"}
+
+
+def test_the_manifest_holds_the_lineage(finished):
+    manifest = json.loads((finished[0] / "manifest.json").read_text())
+    steps = manifest["steps"]
+    assert [(s["start"], s["reference"]) for s in steps.values()] == [("base", None), ("warmup", "warmup"), ("reward", "reward")]
+    assert steps["reward"]["temperature"] == pytest.approx(0.1)
+    assert "model.safetensors" in steps["safety"]["model"]
+    assert set(manifest["data"]) == {"demonstrations", "helpful", "safety", "prompts"}
+    assert {"torch", "lightning", "transformers"} <= set(manifest["versions"])
+
+
+def test_an_unchanged_run_is_reused_wherever_it_lies(copy, finished):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    found, printed = run(STORIES, copy)
+    assert printed.count("reused") == 3
+    assert "sampled" not in printed
+    assert found == finished[1]
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+
+
+def test_a_changed_step_reruns_itself_only_when_it_is_the_last(copy):
+    _, printed = run(STORIES, copy, steps={"safety": {"loss": "DPO"}})
+    assert printed.count("reused") == 2
+    assert "safety: runs again, changed: step.loss" in printed
+
+
+def test_a_changed_step_reruns_what_starts_from_it(copy):
+    _, printed = run(STORIES, copy, steps={"reward": {"temperature": 0.5}})
+    assert "warmup: reused" in printed
+    assert "reward: runs again, changed: step.temperature" in printed
+    assert "safety: runs again, changed: lineage" in printed
+
+
+def test_a_changed_lambda_names_the_temperatures(copy):
+    _, printed = run(STORIES, copy, lam=4.0)
+    assert "safety: runs again, changed: temperatures" in printed
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert manifest["steps"]["safety"]["temperature"] == pytest.approx(0.025)
+
+
+def test_a_model_changed_on_disk_is_not_reused(copy):
+    weights = copy / "safety/model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    _, printed = run(STORIES, copy)
+    assert "safety: runs again, the files of its model are not those it wrote" in printed
+
+
+def test_an_interrupted_step_runs_again(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["steps"]["safety"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(copy / "safety/model")
+    _, printed = run(STORIES, copy)
+    assert "reward: reused" in printed
+    assert "safety: runs\n" in printed
+
+
+def test_safety_first_and_a_reference_of_ones_own(finished, tmp_path):
+    """Order is free, and `start` may be a folder."""
+    base = str(finished[0] / "warmup/model")
+    steps = {"safe": {"kind": "safety", "loss": "DPO"}, "helpful": {"kind": "reward", "loss": "DPO"}}
+    config = {**STORIES, "model": {"model": base}, "steps": steps, "lam": 4.0}
+    found, _ = run(config, tmp_path / "run")
+    temperatures = [s["temperature"] for s in json.loads((tmp_path / "run/manifest.json").read_text())["steps"].values()]
+    assert temperatures == pytest.approx([0.025, 0.1])
+    assert found["models"][0]["kl_to_start"] != 0  # relative to the folder it started from
+
+
+def test_a_step_config_runs_by_itself(finished, tmp_path):
+    from rsa_lightning.cli import main
+
+    step = finished[0] / "safety/config.yaml"
+    assert main(["fit", "-c", str(step), "--trainer.logger", "false", "--trainer.callbacks", "null",
+                 "--trainer.enable_checkpointing", "false"]) == 0
+
+
+def trl_file(path: Path, count: int) -> Path:
+    rows = [{"prompt": f"Question {i}?", "chosen": f" yes {i}", "rejected": f" no {i} no"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_local_model_replaces_the_fresh_one(family, tiny_llama, tiny_tokenizer, tmp_path):
+    folder = tiny_llama
+    if family == "qwen2":
+        folder = tmp_path / "qwen2"
+        shape = {key: value for key, value in TINY.items() if key != "model_type"}
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tiny_tokenizer), num_key_value_heads=2, **shape)).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+    data = {"helpful": str(trl_file(tmp_path / "h.jsonl", 40)), "safety": str(trl_file(tmp_path / "s.jsonl", 40)),
+            "options": {"max_length": 64, "batch_size": 4}}  # fmt: skip
+    config = {"model": {"model": str(folder)}, "data": data, "trainer": FAST, "evaluation": SMALL_EVALUATION,
+              "steps": {"reward": {"kind": "reward"}, "safety": {"kind": "safety"}}}  # fmt: skip
+    found, _ = run(config, tmp_path / "run")
+    last = found["models"][-1]
+    assert last["reward_mean"] is None
+    assert last["cost_cvar"] == {"0.9": None, "0.95": None, "0.99": None}
+    assert last["kl_to_start"] is not None
+    assert set(last["preference"]) == {"helpful", "safety"}
+    assert set(last["preference"]["safety"]) == {"held_out", "training"}
+
+
+def test_the_whole_configuration_is_checked_before_anything_is_written(tmp_path):
+    """The mistake is in the last step; nothing exists afterwards."""
+    with pytest.raises(ValueError, match=r"steps.safety: .*CVaR tail is a probability mass in \(0, 1\], got 97"):
+        run(STORIES, tmp_path / "run", steps={"safety": {"risk": {"class_path": "CVaR", "init_args": {"tail": 97}}}})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"exists and is not a run directory \(no manifest.json\): choose another with --output"):
+        run(STORIES, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
