@@ -85,7 +85,9 @@ def _is_user_error(error: Exception) -> bool:
     """Whether one of our own modules (or the parser) raised it with a message for the user, rather than a bug."""
     deepest = list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", "")
     ours = deepest.split(".")[0] in ("rsa_lightning", "rsa_kernels", "jsonargparse")
-    return ours and isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError, ImportError, argparse.ArgumentError))
+    return ours and isinstance(
+        error, (ValueError, OSError, RuntimeError, FloatingPointError, ImportError, argparse.ArgumentError)
+    )
 
 
 def _message(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""From a configuration to a trainer, a stage and its data: one LightningCLI, for `rsa fit` and for every step of `rsa align`."""
+"""From a configuration to trainer, stage and data: one LightningCLI for `rsa fit` and each step of `rsa align`."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {"use_distributed_sampler": False}
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml beside the logs; without a logger there is no such place, and the working directory is not one."""
+    """Writes config.yaml beside the logs; without a logger there is no such place."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.logger is not None:
@@ -56,8 +56,8 @@ class FitCLI(LightningCLI):
         if trainer.world_size != launched and "TORCHELASTIC_RUN_ID" in os.environ:
             # on CPU `devices: auto` is one process: each of them would train alone, without a word
             raise ValueError(
-                f"torchrun started {launched} processes, the trainer uses {trainer.world_size}: set trainer.devices to the "
-                "processes of a node and trainer.num_nodes to the number of nodes"
+                f"torchrun started {launched} processes, the trainer uses {trainer.world_size}: set trainer.devices to "
+                "the processes of a node and trainer.num_nodes to the number of nodes"
             )
         return trainer
 
@@ -69,4 +69,4 @@ class FitCLI(LightningCLI):
 def _parser_options(subcommands: list[str] | None = None) -> dict[str, Any]:
     """Parsers that raise instead of printing their usage and ending the process."""
     options = {"exit_on_error": False}
-    return {**options, "prog": "rsa", **{name: options for name in subcommands}} if subcommands else dict(options)
+    return {**options, "prog": "rsa", **dict.fromkeys(subcommands, options)} if subcommands else dict(options)

@@ -14,7 +14,7 @@ offset: SafeDPO 2505.20065.
 import abc
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -155,8 +155,8 @@ class DPO(LogisticLoss):
 
     beta: float | None = None
     label_smoothing: float = 0.0
-    risk_weight: ClassVar[float] = 0.0
-    detach_chosen_risk: ClassVar[bool] = False
+    risk_weight: float = field(default=0.0, init=False, repr=False)
+    detach_chosen_risk: bool = field(default=False, init=False, repr=False)
 
 
 @final

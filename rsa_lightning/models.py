@@ -4,7 +4,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -43,7 +43,7 @@ class PolicySpec:
     def __post_init__(self) -> None:
         if self.model is None and self.config is None:
             raise ValueError(
-                "policy: give `model` (a Hugging Face folder or hub id) or `config` (model_type and fields of a fresh model)"
+                "policy: give `model` (a Hugging Face folder or hub id), or `config` with model_type for a new model"
             )
         if self.model is None and "model_type" not in (self.config or {}):
             raise ValueError("policy.config needs `model_type`, for example llama")
@@ -92,9 +92,22 @@ class RiskHead(nn.Linear):
         if reference.weight is None:
             frozen = None if self.bias is None else self.bias.detach()
             reference = ReferenceStates(reference.hidden, self.weight.detach(), frozen, self.scale, self.softcap)
-        theirs = {"ref_bias": reference.bias, "ref_scale": reference.scale, "ref_softcap": reference.softcap}
+        theirs: dict[str, Any] = {
+            "ref_bias": reference.bias,
+            "ref_scale": reference.scale,
+            "ref_softcap": reference.softcap,
+        }
         return linear_token_risk(
-            hidden, self.weight, reference.hidden, reference.weight, labels, risk, entropy=entropy, impl=impl, **mine, **theirs
+            hidden,
+            self.weight,
+            reference.hidden,
+            reference.weight,
+            labels,
+            risk,
+            entropy=entropy,
+            impl=impl,
+            **mine,
+            **theirs,
         )
 
 
@@ -106,7 +119,9 @@ class Policy(nn.Module):
         scale, softcap = _logit_scale(model.config), getattr(model.config, "final_logit_softcapping", None)
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise ValueError(f"{type(model).__name__} has no linear language-model head, so its token risk cannot be computed")
+            raise ValueError(
+                f"{type(model).__name__} has no linear language-model head, so its token risk cannot be computed"
+            )
         if not head.weight.is_meta:
             _check_head(model, head, scale, softcap)
         model.set_output_embeddings(RiskHead.wrap(head, scale, softcap))
@@ -152,10 +167,10 @@ def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = No
 
     Raises:
         FileNotFoundError: no such folder, or no safetensors weights in it.
-        ValueError: unknown configuration fields, damaged or incomplete weights, or a tokenizer with more ids than the model.
+        ValueError: unknown configuration fields, damaged or incomplete weights, or a tokenizer larger than the model.
     """
     model = _from_folder(spec) if spec.model is not None else _from_config(spec, tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if tokenizer is not None and len(tokenizer) > rows:
         raise ValueError(
             f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids, the model's embeddings only {rows} rows. "
@@ -194,7 +209,9 @@ def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None) ->
         fields = {"vocab_size": len(tokenizer), **ids, "pad_token_id": tokenizer.pad_token_id, **fields}
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=getattr(torch, spec.dtype))
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **fields), dtype=getattr(torch, spec.dtype)
+        )
 
 
 def _from_folder(spec: PolicySpec) -> PreTrainedModel:
@@ -202,11 +219,11 @@ def _from_folder(spec: PolicySpec) -> PreTrainedModel:
     _check_folder(source)
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
         raise FileNotFoundError(
-            f"{source} holds no *.safetensors weights. Pickled .bin or .pt weights are refused: load them once elsewhere and "
-            "write them with save_pretrained(..., safe_serialization=True)"
+            f"{source} holds no *.safetensors weights. Pickled .bin or .pt weights are refused: "
+            "load them once elsewhere and write them with save_pretrained"
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
@@ -216,9 +233,12 @@ def _from_folder(spec: PolicySpec) -> PreTrainedModel:
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"no causal language model can be read from {source!r} ({_first_line(error)})") from error
+    model, info = loaded
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
-        raise ValueError(f"{source} lacks {len(names)} of the model's weights (first: {names[0]}): they would be random")
+        raise ValueError(
+            f"{source} lacks {len(names)} of the model's weights (first: {names[0]}): they would be random"
+        )
     return model
 
 
@@ -244,7 +264,7 @@ def _logit_scale(config: Any) -> float:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, head: nn.Linear, scale: float, softcap: float | None) -> None:
-    """The op must compute this model's logits: an architecture that treats them in another way is refused, not guessed."""
+    """The op must compute this model's logits: an architecture that treats them otherwise is refused, not guessed."""
     was_training = model.training
     model.eval()
     ids = torch.arange(3, device=head.weight.device)[None] % head.weight.shape[0]

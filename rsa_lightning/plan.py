@@ -40,7 +40,7 @@ class AlignData:
 
     Args:
         stories: generate everything; then no files are given.
-        demonstrations: rows {prompt, completion} for the warm-up; by default it takes the chosen responses of all pairs.
+        demonstrations: rows {prompt, completion} for the warm-up; without them it takes all chosen responses.
         helpful: preference pairs, `chosen` being the more helpful response.
         safety: preference pairs, `chosen` being the safer response.
         prompts: rows {prompt_id, prompt} to evaluate on; by default held-out prompts of the pairs.
@@ -60,8 +60,8 @@ class AlignData:
         files = [name for name in (*SOURCES, "prompts") if getattr(self, name) is not None]
         if self.stories is not None and files:
             raise ValueError(
-                f"data: give either `stories` or files, got both (stories and {', '.join(files)}). To align on your own files, "
-                "take configs/hh.yaml, or set --data.stories null"
+                f"data: give either `stories` or files, got both (stories and {', '.join(files)}). "
+                "To align on your own files take configs/hh.yaml, or set --data.stories null"
             )
 
 
@@ -225,11 +225,13 @@ def fit_config(
 
 def _at_temperature(step: StepConfig) -> dict[str, Any]:
     """The loss with this step's own temperature."""
-    loss = {"class_path": step.loss} if isinstance(step.loss, str) else dict(step.loss or {"class_path": "RSA"})
-    if (loss.get("init_args") or {}).get("beta") is not None:
+    loss: dict[str, Any] = {"class_path": step.loss} if isinstance(step.loss, str) else dict(step.loss or {})
+    given = (loss.get("init_args") or {}).get("beta")
+    if given is not None:
         raise ValueError(
-            f"the temperature is given twice: temperature={step.temperature} and loss.beta={loss['init_args']['beta']}. Keep one"
+            f"the temperature is given twice: temperature={step.temperature} and loss.beta={given}. Keep one"
         )
+    loss.setdefault("class_path", "RSA")
     return merge(loss, {"init_args": {"beta": step.temperature}})
 
 
@@ -277,7 +279,9 @@ def _check_order(config: AlignConfig) -> None:
             if target is None or target in (*earlier, BASE) or Path(target).is_dir():
                 continue
             later = "it comes later" if target in config.steps else "it is neither an earlier step nor a folder"
-            raise ValueError(f"steps.{name}.{key} is {target!r}: {later}. Earlier steps: {', '.join(earlier) or 'none'}")
+            raise ValueError(
+                f"steps.{name}.{key} is {target!r}: {later}. Earlier steps: {', '.join(earlier) or 'none'}"
+            )
         if step.kind == "warmup":
             for key in ("reference", "loss", "risk", "temperature"):
                 if getattr(step, key) is not None:
@@ -292,8 +296,16 @@ def _step(name: str, value: Any) -> StepConfig:
     for key in values:
         if key not in known:
             raise ValueError(f"{where}.{key}: unknown key; known are {', '.join(known)}")
-    loose = {key: values[key] for key in ("loss", "risk", "optimizer", "schedule", "trainer", "data") if values.get(key) is not None}
-    typed = {key: item for key, item in values.items() if key not in ("loss", "risk", "optimizer", "schedule", "trainer", "data")}
+    loose = {
+        key: values[key]
+        for key in ("loss", "risk", "optimizer", "schedule", "trainer", "data")
+        if values.get(key) is not None
+    }
+    typed = {
+        key: item
+        for key, item in values.items()
+        if key not in ("loss", "risk", "optimizer", "schedule", "trainer", "data")
+    }
     return dataclasses.replace(_parse(StepConfig, typed, skip=set(loose), where=where), **loose)
 
 

@@ -11,7 +11,7 @@ from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_polic
 
 
 class Reference(abc.ABC):
-    """Gives hidden states and a head for any batch, so that the whole reference distribution is known at every token."""
+    """Gives hidden states and a head for any batch: the whole reference distribution is known at every token."""
 
     @abc.abstractmethod
     def prepare(self, policy: Policy) -> None:
@@ -53,7 +53,9 @@ class FrozenCopy(Reference):
             frozen = load_policy(PolicySpec(model=self.model, **self._load))  # type: ignore[arg-type]
             mine, theirs = policy.head.out_features, frozen.head.out_features
             if mine != theirs:
-                raise ValueError(f"vocabulary mismatch: the policy has {mine} logits, the reference {self.model} has {theirs}")
+                raise ValueError(
+                    f"vocabulary mismatch: the policy has {mine} logits, the reference {self.model} has {theirs}"
+                )
         self._policy = frozen.requires_grad_(False).eval()
 
     def place(self, policy: Policy) -> None:

@@ -3,7 +3,7 @@
 import abc
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, cast, final
 
 import lightning as L
 import torch
@@ -22,7 +22,7 @@ from rsa_lightning.temperatures import Parametrization, resolve_temperature
 
 OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
 
-# max |log policy - log reference| (nats per token) on the first batch: the same weights in the same code differ by rounding only
+# max |log policy - log reference|, nats per token, on the first batch: the same weights differ by rounding only
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 STEP0_TOLERANCE_LOW_PRECISION = 1e-2
 
@@ -63,15 +63,20 @@ class PolicyStage(L.LightningModule, abc.ABC):
         loss = self.shared_step(batch, "train")
         if not torch.isfinite(loss):  # before backward, so that the optimizer never sees it
             raise FloatingPointError(
-                f"the loss is {loss.item()} in batch {batch_idx} of epoch {self.current_epoch} (rows {', '.join(batch['row_ids'])}); "
-                "the weights were not updated. Lower the learning rate, or look at these rows"
+                f"the loss is {loss.item()} in batch {batch_idx} of epoch {self.current_epoch} "
+                f"(rows {', '.join(batch['row_ids'])}); the weights were not updated. "
+                "Lower the learning rate, or look at these rows"
             )
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
+    @property
+    def log_every(self) -> int:
+        return self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         step = self.global_step  # unchanged by the micro-batches that only accumulate
-        if step != self._logged_step and (step == 1 or step % self.trainer.log_every_n_steps == 0):
+        if step != self._logged_step and (step == 1 or step % self.log_every == 0):
             self._logged_step = step
             means = _under("train", self._means["train"].read())
             for logger in self.loggers:
@@ -119,12 +124,13 @@ class AlignmentStage(PolicyStage, abc.ABC):
     """
 
     stage: ClassVar[Literal["reward", "safety"]]
+    reference: Reference
 
     def __init__(
         self,
         policy: PolicySpec,
-        loss: PreferenceLoss = RSA(),
-        risk: RiskMeasure = CVaR(),
+        loss: PreferenceLoss = RSA(),  # noqa: B008 (frozen)
+        risk: RiskMeasure = CVaR(),  # noqa: B008 (frozen)
         reference: Reference | None = None,
         beta: float | None = None,
         lam: float | None = None,
@@ -149,6 +155,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         self.reference.prepare(self.policy)
 
     def on_fit_start(self) -> None:
+        assert self.policy is not None
         self.reference.place(self.policy)
 
     on_validation_start = on_test_start = on_fit_start
@@ -160,7 +167,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
 
     @torch.no_grad()
     def check_agreement(self, batch: PreferenceBatch) -> None:
-        """Stops a stage whose policy is not its reference before the first update: it would learn to undo the difference.
+        """Stops a stage whose policy is not its reference: it would spend its first steps on the difference.
 
         Raises:
             ValueError: with the largest difference and the likely cause.
@@ -173,10 +180,11 @@ class AlignmentStage(PolicyStage, abc.ABC):
         tolerance = STEP0_TOLERANCE.get(self.policy.head.weight.dtype, STEP0_TOLERANCE_LOW_PRECISION)
         if not gap <= tolerance:
             raise ValueError(
-                f"policy and reference differ before the first update: max |log policy - log reference| is {gap:.3g} nats per token "
-                f"(tolerance {tolerance:g}). The policy starts from {self.policy_spec.model or 'fresh weights'}, the reference is "
-                f"{self.reference!r}. Likely causes: they are different models (start the safety stage and its reference from the "
-                "reward-aligned model), or an adapter of an earlier stage is missing in one of them"
+                "policy and reference differ before the first update: max |log policy - log reference| is "
+                f"{gap:.3g} nats per token (tolerance {tolerance:g}). The policy starts from "
+                f"{self.policy_spec.model or 'fresh weights'}, the reference is {self.reference!r}. Likely causes: "
+                "they are different models (a safety stage and its reference both start from the reward-aligned one), "
+                "or an adapter of an earlier stage is missing in one of them"
             )
 
     def sequence_stats(
@@ -186,10 +194,13 @@ class AlignmentStage(PolicyStage, abc.ABC):
         assert self.policy is not None
         tokens = self.policy(batch, self.reference.states(batch), risk, impl=self.impl)
         logratio = _per_row(tokens.logratio, batch)
-        total = None if tokens.risk is None else nested_risk(tokens.risk, batch["cu_seqlens"], discount=self.discount).total
+        total = (
+            None if tokens.risk is None else nested_risk(tokens.risk, batch["cu_seqlens"], discount=self.discount).total
+        )
         baseline = None
         if self.loss.needs_baseline:
-            baseline = self.all_gather(logratio[batch["roles"] == 2].detach().mean()).mean()
+            mine = logratio[batch["roles"] == ROLES.index("mismatched")].detach().mean()
+            baseline = cast(Tensor, self.all_gather(mine)).mean()  # over ranks, before the loss clamps it
 
         def side(role: int) -> SequenceStats:
             rows = batch["roles"] == role
@@ -206,7 +217,12 @@ class AlignmentStage(PolicyStage, abc.ABC):
         return terms.losses.mean()
 
     def _metrics(
-        self, batch: PreferenceBatch, tokens: TokenStats, chosen: SequenceStats, rejected: SequenceStats, terms: PreferenceTerms
+        self,
+        batch: PreferenceBatch,
+        tokens: TokenStats,
+        chosen: SequenceStats,
+        rejected: SequenceStats,
+        terms: PreferenceTerms,
     ) -> dict[str, Tensor]:
         """TRL's names. rewards: beta-scaled nats; logps, kl, risk: nats per response."""
         values = {
@@ -234,7 +250,7 @@ class RewardAlignment(AlignmentStage):
 
 @final
 class SafetyAlignment(AlignmentStage):
-    """Step two: towards the safer response (`chosen`), near the reward-aligned model, at the multiplier's temperature."""
+    """Step two: towards the safer response, near the reward-aligned model, at the multiplier's temperature."""
 
     stage = "safety"
 

@@ -15,8 +15,22 @@ from rsa_lightning.cli import main
 ROOT = Path(__file__).parents[1]
 REWARD, SAFETY, QUICKSTART = (str(ROOT / f"configs/{name}.yaml") for name in ("reward", "safety", "quickstart"))
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-FAST = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.logger", "false", "--trainer.callbacks", "null",
-        "--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false", "--data.max_length", "64"]  # fmt: skip
+FAST = [
+    "--trainer.max_steps",
+    "1",
+    "--trainer.limit_val_batches",
+    "1",
+    "--trainer.logger",
+    "false",
+    "--trainer.callbacks",
+    "null",
+    "--trainer.enable_checkpointing",
+    "false",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--data.max_length",
+    "64",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +63,31 @@ def test_help_names_the_commands(capsys):
 
 
 def test_an_unknown_command_is_named(capsys):
-    assert rsa("aling", capsys=capsys) == (1, "rsa: error: unknown command 'aling': choose align, fit, validate or test")
+    assert rsa("aling", capsys=capsys) == (
+        1,
+        "rsa: error: unknown command 'aling': choose align, fit, validate or test",
+    )
 
 
 def test_fit_trains_and_exports(pairs, tmp_path):
     """A real process, on the shipped configuration, with the loss switched on the command line."""
-    command = [sys.executable, "-m", "rsa_lightning", "fit", "-c", REWARD, "--data.path", pairs, *FAST[:4], "--data.max_length", "64",
-               "--model.loss", "DPO", "--trainer.logger.save_dir", tmp_path]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "rsa_lightning",
+        "fit",
+        "-c",
+        REWARD,
+        "--data.path",
+        pairs,
+        *FAST[:4],
+        "--data.max_length",
+        "64",
+        "--model.loss",
+        "DPO",
+        "--trainer.logger.save_dir",
+        tmp_path,
+    ]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "reward/version_0"
@@ -107,7 +139,10 @@ SETTING_MISTAKES = {
     "multiplier of zero": (["--model.lam", "0"], "lam: the multiplier must be a positive number"),
     "tail in percent": (["--model.risk.tail", "97"], r"CVaR tail is a probability mass in (0, 1], got 97"),
     "binding triton": (["--model.impl", "triton"], "impl='triton' cannot run here"),
-    "a batch larger than the data": (["--data.batch_size", "1000"], "training pairs are fewer than one optimizer step takes"),
+    "a batch larger than the data": (
+        ["--data.batch_size", "1000"],
+        "training pairs are fewer than one optimizer step takes",
+    ),
     "no such model": (["--model.policy.model", "./no/model"], "no"),
     "loss and risk that do not fit": (["--model.loss", "TDPO"], "TDPO needs risk KL"),
     "mistyped key": (["--model.beat", "1"], "beat"),
@@ -131,14 +166,26 @@ def test_a_tokenizer_without_end_is_named(pairs, tiny_llama, tmp_path, capsys):
     settings = json.loads(file.read_text())
     settings.pop("eos_token")
     file.write_text(json.dumps(settings))
-    status, message = rsa("fit", "-c", REWARD, "--data.path", pairs, *FAST, "--model.policy.model", tmp_path / "model", capsys=capsys)  # fmt: skip
+    status, message = rsa(
+        "fit", "-c", REWARD, "--data.path", pairs, *FAST, "--model.policy.model", tmp_path / "model", capsys=capsys
+    )
     assert status == 1
     assert "EOS" in message
 
 
 def test_align_names_a_missing_file_and_writes_nothing(tmp_path, capsys):
-    status, message = rsa("align", "-c", ROOT / "configs/hh.yaml", "--output", tmp_path / "run", "--data.helpful", "h.jsonl",
-                          "--data.safety", "s.jsonl", capsys=capsys)  # fmt: skip
+    status, message = rsa(
+        "align",
+        "-c",
+        ROOT / "configs/hh.yaml",
+        "--output",
+        tmp_path / "run",
+        "--data.helpful",
+        "h.jsonl",
+        "--data.safety",
+        "s.jsonl",
+        capsys=capsys,
+    )
     assert (status, message) == (1, "rsa: error: data.helpful: there is no file h.jsonl")
     status, message = rsa("align", "-c", ROOT / "configs/hh.yaml", "--output", tmp_path / "run", capsys=capsys)
     assert status == 1
@@ -184,10 +231,46 @@ def test_two_ranks_make_the_same_step_as_one(loss, pairs, tiny_llama, tmp_path):
     """Through torchrun and the command line: 2 processes x 4 pairs = 1 process x 8 pairs, three steps."""
 
     def fit(name, batch_size, devices, *launcher):
-        options = ["--trainer.devices", devices, "--trainer.max_steps", "3", "--trainer.limit_val_batches", "1", "--trainer.logger.save_dir", tmp_path,
-                   "--trainer.logger.name", name, "--trainer.enable_checkpointing", "false", "--trainer.accelerator", "cpu",
-                   "--data.batch_size", batch_size, "--data.max_length", "64", "--model.policy.model", tiny_llama, "--model.loss", loss, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1.0"]  # fmt: skip
-        command = [sys.executable, "-m", *launcher, "rsa_lightning", "fit", "-c", REWARD, "--data.path", pairs, *options]
+        options = [
+            "--trainer.devices",
+            devices,
+            "--trainer.max_steps",
+            "3",
+            "--trainer.limit_val_batches",
+            "1",
+            "--trainer.logger.save_dir",
+            tmp_path,
+            "--trainer.logger.name",
+            name,
+            "--trainer.enable_checkpointing",
+            "false",
+            "--trainer.accelerator",
+            "cpu",
+            "--data.batch_size",
+            batch_size,
+            "--data.max_length",
+            "64",
+            "--model.policy.model",
+            tiny_llama,
+            "--model.loss",
+            loss,
+            "--model.optimizer",
+            "torch.optim.SGD",
+            "--model.optimizer.lr",
+            "1.0",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            *launcher,
+            "rsa_lightning",
+            "fit",
+            "-c",
+            REWARD,
+            "--data.path",
+            pairs,
+            *options,
+        ]
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         return load_file(next((tmp_path / name).rglob("model.safetensors")))

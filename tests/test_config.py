@@ -8,8 +8,14 @@ from rsa_lightning.config import dump, load_layers, merge, nest, parse
 def test_later_layers_win_key_by_key(tmp_path):
     (tmp_path / "a.yaml").write_text("steps: {reward: {loss: DPO, trainer: {max_epochs: 1}}}\nseed: 1\n")
     (tmp_path / "b.yaml").write_text("steps: {reward: {trainer: {max_steps: 5}}}\n")
-    config = load_layers([tmp_path / "a.yaml", tmp_path / "b.yaml"], [("steps.reward.trainer.max_epochs", "3"), ("beta", "1e-2")])
-    assert config == {"steps": {"reward": {"loss": "DPO", "trainer": {"max_epochs": 3, "max_steps": 5}}}, "seed": 1, "beta": 0.01}
+    config = load_layers(
+        [tmp_path / "a.yaml", tmp_path / "b.yaml"], [("steps.reward.trainer.max_epochs", "3"), ("beta", "1e-2")]
+    )
+    assert config == {
+        "steps": {"reward": {"loss": "DPO", "trainer": {"max_epochs": 3, "max_steps": 5}}},
+        "seed": 1,
+        "beta": 0.01,
+    }
 
 
 def test_a_value_replaces_a_mapping_and_null_removes():
@@ -17,7 +23,9 @@ def test_a_value_replaces_a_mapping_and_null_removes():
     assert merge({"model": {"config": {"a": 1}}}, nest("model.config", None)) == {"model": {"config": None}}
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-3", 0.001), ("2.0e-5", 2e-5), ("3", 3), ("1.", 1.0), ("a.b", "a.b"), ("[1, 2]", [1, 2])])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), ("2.0e-5", 2e-5), ("3", 3), ("1.", 1.0), ("a.b", "a.b"), ("[1, 2]", [1, 2])]
+)
 def test_numbers_are_numbers(text, value):
     found = parse(text, "here")
     assert found == value

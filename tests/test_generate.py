@@ -136,8 +136,15 @@ def test_samples_have_every_field(
     done = generate(tiny_llama, PROMPTS, tmp_path / "samples.jsonl", start_folder=other_llama, sampling=SAMPLING)
     samples = read_samples(done.path)
     assert list(json.loads(done.path.read_text().split("\n")[0])) == [
-        "prompt_id", "sample_id", "prompt", "text", "logp", "ref_logp", "reward", "cost"
-    ]  # fmt: skip
+        "prompt_id",
+        "sample_id",
+        "prompt",
+        "text",
+        "logp",
+        "ref_logp",
+        "reward",
+        "cost",
+    ]
     assert [(s.prompt_id, s.sample_id) for s in samples] == [(key, i) for key in PROMPTS for i in range(4)]
     assert done.samples == len(samples) == 20
     answers, other = (
@@ -236,10 +243,15 @@ def test_the_seed_decides_and_the_global_generator_does_not(tiny_llama: Path, tm
 
 def test_qwen2_is_sampled_too(tiny_tokenizer: Any, tmp_path: Path):
     config = Qwen2Config(
-        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
         eos_token_id=tiny_tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
     tiny_tokenizer.save_pretrained(tmp_path / "qwen")
     samples = read_samples(generate(tmp_path / "qwen", PROMPTS, tmp_path / "s.jsonl", sampling=SAMPLING).path)

@@ -35,17 +35,25 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {R + "data.formats", R + "data.readers", R + "data.sampler", R + "data.tokenize"},
         {"torch", "lightning", "transformers"},
     ),
-    R + "models": ({"rsa_kernels", K + "ops", R + "data.tokenize"}, {"torch", "transformers", "safetensors", "jaxtyping"}),
+    R + "models": (
+        {"rsa_kernels", K + "ops", R + "data.tokenize"},
+        {"torch", "transformers", "safetensors", "jaxtyping"},
+    ),
     R + "reference": ({R + "models", R + "data.tokenize"}, {"torch"}),
     R + "optim": (set(), {"torch", "transformers"}),
     R + "metrics": (set(), {"torch", "torchmetrics", "jaxtyping"}),
     R + "stages": (
-        {"rsa_kernels", K + "ops", *(R + m for m in ("data.tokenize", "losses", "metrics", "models", "optim", "reference", "temperatures"))},
+        {
+            "rsa_kernels",
+            K + "ops",
+            *(R + m for m in ("data.tokenize", "losses", "metrics", "models", "optim", "reference", "temperatures")),
+        },
         {"torch", "lightning", "jaxtyping"},
     ),
     R + "supervised": ({K + "ops", *(R + m for m in ("data.tokenize", "models", "optim", "stages"))}, {"torch"}),
     R + "callbacks": ({R + "models", R + "stages"}, {"lightning"}),
     R + "checkpoint": (set(), set()),
+    R + "manifest": ({R + "checkpoint"}, set()),
     R + "config": (set(), {"yaml"}),
     R + "parsing": (set(), set()),
     R + "evaluation": (set(), set()),
@@ -62,16 +70,48 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     R + "evaluation.figures": ({R + "evaluation.tail"}, {"torch", "matplotlib"}),
     R + "evaluation.wording": ({R + "evaluation.samples"}, set()),
-    R + "evaluation.report": ({R + "evaluation." + m for m in ("tail", "samples", "figures", "wording")} | {R + "evaluation"}, {"torch", "rich"}),
-    R + "fit": ({"rsa_lightning", *(R + m for m in ("callbacks", "losses", "reference", "supervised", "stages", "data.datamodule"))}, {"lightning"}),
+    R + "evaluation.report": (
+        {R + "evaluation." + m for m in ("tail", "samples", "figures", "wording")} | {R + "evaluation"},
+        {"torch", "rich"},
+    ),
+    R + "fit": (
+        {
+            "rsa_lightning",
+            *(R + m for m in ("callbacks", "losses", "reference", "supervised", "stages", "data.datamodule")),
+        },
+        {"lightning"},
+    ),
     R + "plan": ({R + "config", R + "models", R + "parsing", R + "temperatures"}, {"jsonargparse"}),
     R + "pipeline": (
-        {"rsa_kernels", "rsa_lightning", *(R + m for m in ("stories", "checkpoint", "config", "data.datamodule", "data.readers", "data.tokenize",
-         "evaluation.generate", "evaluation.preference", "evaluation.report", "evaluation.score", "fit", "models", "parsing", "plan"))},
+        {
+            "rsa_kernels",
+            "rsa_lightning",
+            *(
+                R + m
+                for m in (
+                    "stories",
+                    "checkpoint",
+                    "config",
+                    "data.datamodule",
+                    "data.readers",
+                    "data.tokenize",
+                    "evaluation.figures",
+                    "evaluation.generate",
+                    "evaluation.preference",
+                    "evaluation.report",
+                    "evaluation.score",
+                    "fit",
+                    "manifest",
+                    "parsing",
+                    "plan",
+                    "stages",
+                )
+            ),
+        },
         {"torch", "lightning", "rich"},
     ),
     R + "cli": ({R + "fit", R + "config", R + "parsing", R + "pipeline"}, {"transformers"}),
-}  # fmt: skip
+}
 
 
 def modules() -> dict[str, Path]:
@@ -130,7 +170,9 @@ def test_arrows_can_fail(tmp_path):
 def loaded_by(code: str) -> set[str]:
     """Top-level packages in sys.modules of a fresh interpreter after running `code`."""
     command = f"{code}\nimport sys\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
-    return set(subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout.split()
+    )
 
 
 HEAVY = {"lightning", "transformers", "triton"}
@@ -144,7 +186,9 @@ def test_that_test_can_fail():
     assert "lightning" in loaded_by("import rsa_kernels, lightning") & HEAVY
 
 
-@pytest.mark.parametrize("package", ["rsa_kernels", "rsa_lightning", "rsa_lightning.stages", "rsa_lightning.data.datamodule"])
+@pytest.mark.parametrize(
+    "package", ["rsa_kernels", "rsa_lightning", "rsa_lightning.stages", "rsa_lightning.data.datamodule"]
+)
 def test_neither_datasets_nor_jsonargparse_is_imported(package):
     """They are slow to import and needed only by readers and parsers. What lightning or transformers load is theirs."""
     theirs = loaded_by("import lightning, transformers, torchmetrics, torch")

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from rsa_kernels import CVaR, ERM, KL
+from rsa_kernels import ERM, KL, CVaR
 
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, TDPO, SequenceStats
 
 
 def stats(logratio, risk=None, baseline=None):
-    as_tensor = lambda v: None if v is None else torch.tensor(v, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    as_tensor = lambda v: None if v is None else torch.tensor(v, dtype=torch.float64, requires_grad=True)
     return SequenceStats(as_tensor(logratio), as_tensor(risk), None if baseline is None else torch.tensor(baseline))
 
 
@@ -50,7 +50,10 @@ def test_weight_zero_is_dpo():
 
 def test_kl_risk_is_tdpo():
     """RSA reads the risk it is given; on KL it is TDPO to the bit, and TDPO refuses anything else."""
-    for version in ({"risk_weight": 1.0, "detach_chosen_risk": False}, {"risk_weight": 0.5, "detach_chosen_risk": True}):
+    for version in (
+        {"risk_weight": 1.0, "detach_chosen_risk": False},
+        {"risk_weight": 0.5, "detach_chosen_risk": True},
+    ):
         mine, theirs = RSA(beta=0.3, **version), TDPO(beta=0.3, **version)
         assert torch.equal(mine(CHOSEN, REJECTED).losses, theirs(CHOSEN, REJECTED).losses)
     TDPO(beta=0.3).check_risk(KL())
@@ -119,7 +122,7 @@ def test_kto_by_hand():
     """z0 = 0.5: desirable 1 - s(0.4 (2 - 0.5)), undesirable 2 (1 - s(0.4 (0.5 - -1))); counts may differ."""
     chosen, rejected = stats([2.0, -1.0], baseline=0.5), stats([-1.0])
     terms = KTO(beta=0.4, undesirable_weight=2.0)(chosen, rejected)
-    sigmoid = lambda v: 1 / (1 + math.exp(-v))  # noqa: E731
+    sigmoid = lambda v: 1 / (1 + math.exp(-v))
     assert terms.losses.tolist() == pytest.approx([1 - sigmoid(0.6), 1 - sigmoid(-0.6), 2 * (1 - sigmoid(0.6))])
 
 

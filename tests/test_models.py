@@ -21,7 +21,13 @@ FAMILIES = {
     "gemma2": TINY | {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 3.0},
     "cohere": TINY | {"num_key_value_heads": 2, "logit_scale": 0.25},
     "granite": TINY | {"num_key_value_heads": 2, "logits_scaling": 4.0},
-    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    },
 }
 PAIRS = [
     PreferencePair("How do I keep bread fresh?", " Wrap it in a cloth.", " No answer is better, said the owl."),
@@ -133,7 +139,9 @@ def test_missing_folder_and_missing_weights_are_named(tmp_path, tiny_llama):
         load_policy(PolicySpec(model=str(tmp_path / "empty")))
     shutil.copytree(tiny_llama, tmp_path / "pickled")
     (tmp_path / "pickled/model.safetensors").rename(tmp_path / "pickled/pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors weights. Pickled .bin or .pt weights are refused"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no \*.safetensors weights. Pickled .bin or .pt weights are refused"
+    ):
         load_policy(PolicySpec(model=str(tmp_path / "pickled")))
 
 
@@ -150,7 +158,9 @@ def test_damaged_and_incomplete_weights_are_refused(tmp_path, tiny_llama):
     tensors = load_file(weights)
     del tensors["lm_head.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights \(first: lm_head.weight\): they would be random"):
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of the model's weights \(first: lm_head.weight\): they would be random"
+    ):
         load_policy(PolicySpec(model=str(tmp_path / "headless")))
 
 
@@ -158,7 +168,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tiny_llama, tiny
     shutil.copytree(tiny_llama, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.add_tokens(["<one more>"])
-    with pytest.raises(ValueError, match=r"vocabulary mismatch: the tokenizer has \d+ ids, the model's embeddings only"):
+    with pytest.raises(
+        ValueError, match=r"vocabulary mismatch: the tokenizer has \d+ ids, the model's embeddings only"
+    ):
         load_policy(PolicySpec(model=str(tmp_path / "model")), tokenizer)
 
 
@@ -188,4 +200,7 @@ def test_configuration_fields_are_checked(tiny_tokenizer):
 def test_generation_settings_name_the_end_token(tiny_tokenizer, tmp_path):
     policy = load_policy(PolicySpec(config={"model_type": "llama", **FAMILIES["llama"]}), tiny_tokenizer)
     save_policy(policy, tiny_tokenizer, tmp_path / "model")
-    assert json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"] == tiny_tokenizer.eos_token_id
+    assert (
+        json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"]
+        == tiny_tokenizer.eos_token_id
+    )

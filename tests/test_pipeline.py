@@ -12,15 +12,28 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from rsa_lightning.config import merge
 from rsa_lightning.pipeline import align
 
-TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 SMALL_EVALUATION = {"samples_per_prompt": 2, "max_new_tokens": 8, "prompts": 4, "pairs": 8, "resamples": 20}
 FAST = {"limit_train_batches": 2, "limit_val_batches": 1, "log_every_n_steps": 1}
 STORIES = {
     "model": {"config": TINY},
-    "data": {"stories": {"demonstrations": 40, "pairs": 40}, "options": {"tokenizer_vocab_size": 400, "max_length": 96, "batch_size": 4}},
+    "data": {
+        "stories": {"demonstrations": 40, "pairs": 40},
+        "options": {"tokenizer_vocab_size": 400, "max_length": 96, "batch_size": 4},
+    },
     "evaluation": {"scorer": "rsa_lightning.stories.score", **SMALL_EVALUATION},
     "trainer": FAST,
-    "steps": {"warmup": {"kind": "warmup"}, "reward": {"kind": "reward"}, "safety": {"kind": "safety", "loss": "RSA", "risk": "CVaR"}},
+    "steps": {
+        "warmup": {"kind": "warmup"},
+        "reward": {"kind": "reward"},
+        "safety": {"kind": "safety", "loss": "RSA", "risk": "CVaR"},
+    },
 }
 
 
@@ -53,7 +66,14 @@ def test_the_run_directory(finished):
         assert {"config.yaml", "metrics.csv", "samples.jsonl", "model", "checkpoints"} <= names
         AutoModelForCausalLM.from_pretrained(folder / step / "model")
     names = {path.name for path in folder.iterdir()}
-    assert {"manifest.json", "results.json", "report.md", "training_curves.png", "reward_cost.png", "cost_quantiles.png"} <= names
+    assert {
+        "manifest.json",
+        "results.json",
+        "report.md",
+        "training_curves.png",
+        "reward_cost.png",
+        "cost_quantiles.png",
+    } <= names
     assert not list(folder.rglob("*.partial"))
     assert json.loads((folder / "results.json").read_text()) == found
 
@@ -66,7 +86,9 @@ def test_results_are_those_of_the_samples(finished):
         assert model["samples"] == len(samples) == 2 * 60
         assert model["reward_mean"] == pytest.approx(sum(s["reward"] for s in samples) / len(samples))
         assert model["unsafe_rate"] == pytest.approx(sum(s["cost"] > 0 for s in samples) / len(samples))
-        assert model["kl_to_start"] == pytest.approx(sum(s["logp"] - s["ref_logp"] for s in samples) / len(samples), abs=1e-9)
+        assert model["kl_to_start"] == pytest.approx(
+            sum(s["logp"] - s["ref_logp"] for s in samples) / len(samples), abs=1e-9
+        )
         assert set(model["cost_var"]) == set(model["cost_cvar"]) == {"0.9", "0.95", "0.99"}
     assert found["models"][0]["kl_to_start"] == 0
     assert set(found["models"][2]["preference"]) == {"helpful", "safety"}
@@ -75,7 +97,11 @@ def test_results_are_those_of_the_samples(finished):
 def test_the_manifest_holds_the_lineage(finished):
     manifest = json.loads((finished[0] / "manifest.json").read_text())
     steps = manifest["steps"]
-    assert [(s["start"], s["reference"]) for s in steps.values()] == [("base", None), ("warmup", "warmup"), ("reward", "reward")]
+    assert [(s["start"], s["reference"]) for s in steps.values()] == [
+        ("base", None),
+        ("warmup", "warmup"),
+        ("reward", "reward"),
+    ]
     assert steps["reward"]["temperature"] == pytest.approx(0.1)
     assert "model.safetensors" in steps["safety"]["model"]
     assert set(manifest["data"]) == {"demonstrations", "helpful", "safety", "prompts"}
@@ -134,7 +160,9 @@ def test_safety_first_and_a_reference_of_ones_own(finished, tmp_path):
     steps = {"safe": {"kind": "safety", "loss": "DPO"}, "helpful": {"kind": "reward", "loss": "DPO"}}
     config = {**STORIES, "model": {"model": base}, "steps": steps, "lam": 4.0}
     found, _ = run(config, tmp_path / "run")
-    temperatures = [s["temperature"] for s in json.loads((tmp_path / "run/manifest.json").read_text())["steps"].values()]
+    temperatures = [
+        s["temperature"] for s in json.loads((tmp_path / "run/manifest.json").read_text())["steps"].values()
+    ]
     assert temperatures == pytest.approx([0.025, 0.1])
     assert found["models"][0]["kl_to_start"] != 0  # relative to the folder it started from
 
@@ -143,8 +171,22 @@ def test_a_step_config_runs_by_itself(finished, tmp_path):
     from rsa_lightning.cli import main
 
     step = finished[0] / "safety/config.yaml"
-    assert main(["fit", "-c", str(step), "--trainer.logger", "false", "--trainer.callbacks", "null",
-                 "--trainer.enable_checkpointing", "false"]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                "-c",
+                str(step),
+                "--trainer.logger",
+                "false",
+                "--trainer.callbacks",
+                "null",
+                "--trainer.enable_checkpointing",
+                "false",
+            ]
+        )
+        == 0
+    )
 
 
 def trl_file(path: Path, count: int) -> Path:
@@ -159,12 +201,22 @@ def test_a_local_model_replaces_the_fresh_one(family, tiny_llama, tiny_tokenizer
     if family == "qwen2":
         folder = tmp_path / "qwen2"
         shape = {key: value for key, value in TINY.items() if key != "model_type"}
-        Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tiny_tokenizer), num_key_value_heads=2, **shape)).save_pretrained(folder)
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tiny_tokenizer), num_key_value_heads=2, **shape)).save_pretrained(
+            folder
+        )
         tiny_tokenizer.save_pretrained(folder)
-    data = {"helpful": str(trl_file(tmp_path / "h.jsonl", 40)), "safety": str(trl_file(tmp_path / "s.jsonl", 40)),
-            "options": {"max_length": 64, "batch_size": 4}}  # fmt: skip
-    config = {"model": {"model": str(folder)}, "data": data, "trainer": FAST, "evaluation": SMALL_EVALUATION,
-              "steps": {"reward": {"kind": "reward"}, "safety": {"kind": "safety"}}}  # fmt: skip
+    data = {
+        "helpful": str(trl_file(tmp_path / "h.jsonl", 40)),
+        "safety": str(trl_file(tmp_path / "s.jsonl", 40)),
+        "options": {"max_length": 64, "batch_size": 4},
+    }
+    config = {
+        "model": {"model": str(folder)},
+        "data": data,
+        "trainer": FAST,
+        "evaluation": SMALL_EVALUATION,
+        "steps": {"reward": {"kind": "reward"}, "safety": {"kind": "safety"}},
+    }
     found, _ = run(config, tmp_path / "run")
     last = found["models"][-1]
     assert last["reward_mean"] is None
@@ -183,6 +235,8 @@ def test_the_whole_configuration_is_checked_before_anything_is_written(tmp_path)
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"exists and is not a run directory \(no manifest.json\): choose another with --output"):
+    with pytest.raises(
+        ValueError, match=r"exists and is no run directory \(no manifest.json in it\): choose another --output"
+    ):
         run(STORIES, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -15,13 +15,23 @@ def config(steps, **more):
 
 def built(step, parsed, reference="runs/reward/model"):
     return fit_config(
-        step, parsed, policy={"model": "m"}, reference=reference, data={"path": "p"}, folder=Path("runs/x"), progress_bar=False
+        step,
+        parsed,
+        policy={"model": "m"},
+        reference=reference,
+        data={"path": "p"},
+        folder=Path("runs/x"),
+        progress_bar=False,
     )
 
 
 def test_sources_follow_the_kind():
     parsed = config({"a": {"kind": "warmup"}, "b": {"kind": "reward"}, "c": {"kind": "safety"}})
-    assert [sources_of(step, parsed.data)[0] for step in parsed.steps.values()] == [("demonstrations",), ("helpful",), ("safety",)]
+    assert [sources_of(step, parsed.data)[0] for step in parsed.steps.values()] == [
+        ("demonstrations",),
+        ("helpful",),
+        ("safety",),
+    ]
 
 
 def test_a_warm_up_without_demonstrations_learns_the_chosen_responses_of_all_pairs():
@@ -30,13 +40,20 @@ def test_a_warm_up_without_demonstrations_learns_the_chosen_responses_of_all_pai
 
 
 def test_a_step_may_take_any_source_and_its_own_options():
-    parsed = config({"a": {"kind": "reward", "data": {"source": "safety", "batch_size": 4}}, "b": {"kind": "safety", "data": "helpful"}})
+    parsed = config(
+        {
+            "a": {"kind": "reward", "data": {"source": "safety", "batch_size": 4}},
+            "b": {"kind": "safety", "data": "helpful"},
+        }
+    )
     assert sources_of(parsed.steps["a"], parsed.data) == (("safety",), {"batch_size": 4})
     assert sources_of(parsed.steps["b"], parsed.data) == (("helpful",), {})
 
 
 def test_temperatures_reach_the_stage():
-    parsed = config({"a": {"kind": "reward"}, "b": {"kind": "safety", "temperature": 0.3, "loss": "DPO"}}, beta=0.2, lam=5.0)
+    parsed = config(
+        {"a": {"kind": "reward"}, "b": {"kind": "safety", "temperature": 0.3, "loss": "DPO"}}, beta=0.2, lam=5.0
+    )
     arguments = built(parsed.steps["a"], parsed)["model"]["init_args"]
     assert (arguments["beta"], arguments["lam"], arguments["parametrization"]) == (0.2, 5.0, "total")
     arguments = built(parsed.steps["b"], parsed)["model"]["init_args"]
@@ -45,7 +62,9 @@ def test_temperatures_reach_the_stage():
 
 
 def test_shared_trainer_arguments_lie_below_those_of_a_step():
-    parsed = config({"a": {"kind": "warmup", "trainer": {"max_epochs": 7}}}, trainer={"max_epochs": 2, "gradient_clip_val": 0.5})
+    parsed = config(
+        {"a": {"kind": "warmup", "trainer": {"max_epochs": 7}}}, trainer={"max_epochs": 2, "gradient_clip_val": 0.5}
+    )
     trainer = built(parsed.steps["a"], parsed, reference=None)["trainer"]
     assert (trainer["max_epochs"], trainer["gradient_clip_val"]) == (7, 0.5)
     assert trainer["logger"][0]["class_path"].endswith("CSVLogger")
@@ -62,20 +81,32 @@ def test_loggers_and_callbacks_of_the_user_join_ours():
 
 MISTAKES = {
     "unknown top key": ({"steps": {"a": {"kind": "reward"}}, "betta": 1}, "betta"),
-    "unknown step key": ({"steps": {"a": {"kind": "reward", "trainr": {}}}}, r"steps.a.trainr: unknown key; known are kind, start"),
+    "unknown step key": (
+        {"steps": {"a": {"kind": "reward", "trainr": {}}}},
+        r"steps.a.trainr: unknown key; known are kind, start",
+    ),
     "unknown kind": ({"steps": {"a": {"kind": "rewards"}}}, r"steps.a: .*kind.*rewards"),
     "no kind": ({"steps": {"a": {}}}, r"steps.a: .*required: kind"),
     "no steps": ({"steps": {}}, "steps: give at least one"),
     "steps of the wrong type": ({"steps": [1]}, "steps must be a mapping"),
-    "later start": ({"steps": {"a": {"kind": "reward", "start": "b"}, "b": {"kind": "safety"}}}, r"steps.a.start is 'b': it comes later"),
-    "unknown reference": ({"steps": {"a": {"kind": "reward", "reference": "zz"}}}, r"steps.a.reference is 'zz': it is neither an earlier step"),
+    "later start": (
+        {"steps": {"a": {"kind": "reward", "start": "b"}, "b": {"kind": "safety"}}},
+        r"steps.a.start is 'b': it comes later",
+    ),
+    "unknown reference": (
+        {"steps": {"a": {"kind": "reward", "reference": "zz"}}},
+        r"steps.a.reference is 'zz': it is neither an earlier step",
+    ),
     "reserved name": ({"steps": {"base": {"kind": "reward"}}}, "steps.base: this name is taken"),
     "loss of a warm-up": ({"steps": {"a": {"kind": "warmup", "loss": "DPO"}}}, "steps.a.loss: a warm-up has none"),
-    "files beside stories": ({"data": {"stories": {}, "helpful": "x"}, "steps": {"a": {"kind": "reward"}}}, "give either `stories` or files"),
+    "files beside stories": (
+        {"data": {"stories": {}, "helpful": "x"}, "steps": {"a": {"kind": "reward"}}},
+        "give either `stories` or files",
+    ),
     "wrong type": ({"lam": "much", "steps": {"a": {"kind": "reward"}}}, "lam"),
     "no model": ({"model": {}, "steps": {"a": {"kind": "reward"}}}, "policy: give `model`"),
     "typo in data": ({"data": {"helpfull": "x"}, "steps": {"a": {"kind": "reward"}}}, "helpfull"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)

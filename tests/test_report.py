@@ -25,13 +25,18 @@ def world(unsafe: float, reward: float, *, kl: float | None = 2.0, seed: int = 0
     rng = random.Random(seed)
     return [
         Sample(
-            f"p{p}", s, f"prompt {p}", f"answer {s} of {p}", -20.0, None if kl is None else -20.0 - rng.gauss(kl, 1),
+            f"p{p}",
+            s,
+            f"prompt {p}",
+            f"answer {s} of {p}",
+            -20.0,
+            None if kl is None else -20.0 - rng.gauss(kl, 1),
             rng.gauss(reward, 0.5),
             math.exp(rng.gauss(0, 1.5)) if rng.random() < unsafe else -rng.random(),
         )
         for p in range(PROMPTS)
         for s in range(ANSWERS)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -163,9 +168,16 @@ def test_no_unsafe_answer_is_not_a_rate_of_zero(tmp_path: Path):
 
 def preference(low: float, high: float) -> dict[str, Any]:
     held_out = {
-        "pairs": 200, "logp_accuracy": 0.4, "reward_accuracy": (low + high) / 2, "margin": 0.3, "chosen_logp": -50.0,
-        "rejected_logp": -60.0, "kl": 1.5, "risk": 2.5, "ci95": {"reward_accuracy": [low, high]},
-    }  # fmt: skip
+        "pairs": 200,
+        "logp_accuracy": 0.4,
+        "reward_accuracy": (low + high) / 2,
+        "margin": 0.3,
+        "chosen_logp": -50.0,
+        "rejected_logp": -60.0,
+        "kl": 1.5,
+        "risk": 2.5,
+        "ci95": {"reward_accuracy": [low, high]},
+    }
     return {"safety": {"held_out": held_out, "training": {"pairs": 900, "reward_accuracy": 0.9}}}
 
 
@@ -241,11 +253,18 @@ def test_terminal_shows_every_model(run: Path):
 @pytest.mark.parametrize(
     ("value", "options", "text"),
     [
-        (None, {}, "–"), (0.23456, {}, "0.235"), (1.2345, {}, "1.23"), (12.345, {}, "12.3"), (1234.5, {}, "1234"),
-        (-0.5, {}, "−0.500"), (0.0981, {"percent": True}, "9.8 %"), (0.05, {"percent": True, "sign": True}, "+5.0 %"),
-        (2000, {}, "2000"), (0.5, {"like": 20.0}, "0.5"),
+        (None, {}, "–"),
+        (0.23456, {}, "0.235"),
+        (1.2345, {}, "1.23"),
+        (12.345, {}, "12.3"),
+        (1234.5, {}, "1234"),
+        (-0.5, {}, "−0.500"),
+        (0.0981, {"percent": True}, "9.8 %"),
+        (0.05, {"percent": True, "sign": True}, "+5.0 %"),
+        (2000, {}, "2000"),
+        (0.5, {"like": 20.0}, "0.5"),
     ],
-)  # fmt: skip
+)
 def test_numbers_are_readable(value: float | None, options: dict[str, Any], text: str):
     assert wording.number(value, **options) == text
 

@@ -6,7 +6,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from rsa_kernels import CVaR, KL
+from rsa_kernels import KL, CVaR
 
 from rsa_lightning.callbacks import ModelExport
 from rsa_lightning.data.datamodule import PreferenceData
@@ -25,7 +25,11 @@ def pairs_file(tmp_path_factory):
     """40 pairs; no two prompts are equal."""
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     rows = [
-        {"prompt": f"Q{i} {WORDS[i % 14]}?", "chosen": f" {' '.join(WORDS[: i % 5 + 1])}.", "rejected": f" {WORDS[(3 * i) % 14]}"}
+        {
+            "prompt": f"Q{i} {WORDS[i % 14]}?",
+            "chosen": f" {' '.join(WORDS[: i % 5 + 1])}.",
+            "rejected": f" {WORDS[(3 * i) % 14]}",
+        }
         for i in range(40)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -33,9 +37,18 @@ def pairs_file(tmp_path_factory):
 
 
 def trainer(tmp_path, **options):
-    defaults = {"max_steps": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False,
-                "enable_model_summary": False, "use_distributed_sampler": False, "num_sanity_val_steps": 0,
-                "default_root_dir": tmp_path, "limit_val_batches": 0}  # fmt: skip
+    defaults = {
+        "max_steps": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
+        "limit_val_batches": 0,
+    }
     return L.Trainer(**defaults | options)
 
 
@@ -110,7 +123,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(ti
                 self.before = weights(module)
 
     poison, module = Poison(), stage(tiny_llama)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan in batch 1 of epoch 0 \(rows pairs.jsonl:\d+, .*not updated"):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan in batch 1 of epoch 0 \(rows pairs.jsonl:\d+, .*not updated"
+    ):
         trainer(tmp_path, max_steps=3, callbacks=[poison]).fit(module, data(pairs_file))
     for name, value in weights(module).items():
         assert torch.equal(value.nan_to_num(), poison.before[name].nan_to_num()), name
@@ -129,7 +144,10 @@ def test_the_reference_is_neither_trained_nor_checkpointed(tiny_llama, pairs_fil
 
 
 def test_dpo_trains_without_risk_and_is_measured_on_it(tiny_llama, pairs_file, tmp_path):
-    module, run = stage(tiny_llama, loss=DPO(beta=0.1), risk=CVaR(0.5)), trainer(tmp_path, max_steps=2, limit_val_batches=1.0)
+    module, run = (
+        stage(tiny_llama, loss=DPO(beta=0.1), risk=CVaR(0.5)),
+        trainer(tmp_path, max_steps=2, limit_val_batches=1.0),
+    )
     seen = []
     original = module.sequence_stats
     module.sequence_stats = lambda batch, risk: (seen.append(risk), original(batch, risk))[1]
@@ -190,7 +208,10 @@ def test_training_metrics_are_logged_under_known_names(tiny_llama, pairs_file, t
     run = trainer(tmp_path, max_steps=4, logger=logger, log_every_n_steps=2)
     run.fit(stage(tiny_llama), data(pairs_file))
     header = (tmp_path / "run/metrics.csv").read_text().splitlines()[0].split(",")
-    names = ["loss", *(f"{kind}/{side}" for kind in ("rewards", "logps", "kl", "risk") for side in ("chosen", "rejected"))]
+    names = [
+        "loss",
+        *(f"{kind}/{side}" for kind in ("rewards", "logps", "kl", "risk") for side in ("chosen", "rejected")),
+    ]
     for name in [*names, "rewards/margins", "rewards/accuracies"]:
         assert f"train/{name}" in header
 

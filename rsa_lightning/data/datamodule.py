@@ -112,7 +112,8 @@ class PreferenceData(L.LightningDataModule):
             self.validation_pairs, self.validation_examples = self._encode(validation, truncated)
             self._check_sides()
             self.report = self._make_report(rows, truncated)
-            rank_zero_only(log.info)(summary(self.report))
+            # without a Trainer the caller reads `report`
+            rank_zero_only(log.info if self._stage else log.debug)(summary(self.report))
         pairs = self.train_pairs + self.validation_pairs
         if self._stage and "rejected" in self._roles and not all(p.rejected for p in pairs):
             raise FormatError(

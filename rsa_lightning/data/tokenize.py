@@ -129,8 +129,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder, or of a model on the hub. Raises FormatError where there is none, or no EOS."""
     try:
-        # AutoTokenizer gives some model types (qwen2) their own class whatever was saved beside them, and that class splits
-        # words in another way than the file says: a plain tokenizer.json is taken as it is
+        # AutoTokenizer gives some model types (qwen2) their own class whatever was saved beside them, and that class
+        # splits words in another way than the file says: a plain tokenizer.json is taken as it is
         tokenizer = (PreTrainedTokenizerFast if _is_plain(Path(name)) else AutoTokenizer).from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]

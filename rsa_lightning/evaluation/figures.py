@@ -47,7 +47,8 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("Loss", "nats per pair or token", (("loss", "loss"),)),
+    Panel("Negative log-likelihood", "nats per token", (("nll", "nll"),)),
+    Panel("Loss", "nats per example", (("loss", "loss"),)),
     Panel("Reward margin", "chosen − rejected", (("rewards/margins", "margin"),)),
     Panel("Reward accuracy", "share of pairs", (("rewards/accuracies", "accuracy"),)),
     Panel("KL from the reference", "nats per response", (("kl/chosen", "chosen"), ("kl/rejected", "rejected"))),

@@ -316,7 +316,8 @@ def _load_tokenizer(folder: Path, start_folder: Path | None) -> Any:
     tokenizer = load_tokenizer(folder)
     if start_folder not in (None, folder) and load_tokenizer(start_folder).get_vocab() != tokenizer.get_vocab():
         raise GenerationError(
-            f"{folder} and its start {start_folder} have different vocabularies: their log-probabilities cannot be compared"
+            f"{folder} and its start {start_folder} have different vocabularies: "
+            "their log-probabilities cannot be compared"
         )
     return tokenizer
 

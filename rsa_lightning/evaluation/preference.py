@@ -1,6 +1,7 @@
 """How a model judges preference pairs, relative to the model that alignment started from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor
 
 from rsa_lightning.data.tokenize import ROLES, EncodedPair, PreferenceBatch, collate
 from rsa_lightning.evaluation.tail import clustered_bootstrap, mean
-from rsa_lightning.models import Policy, ReferenceStates
+from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
 
 BATCH_PAIRS = 32
 
 
 class PairStats(NamedTuple):
-    """One value per pair, in nats per response: label log-probabilities, log-ratios to the start model, KL and nested risk.
+    """One value per pair, in nats per response: log-probabilities, log-ratios to the start model, KL and nested risk.
 
     `kl` and `risk` are means over the two responses.
     """
@@ -26,6 +27,35 @@ class PairStats(NamedTuple):
     rejected_logratio: Tensor
     kl: Tensor
     risk: Tensor
+
+
+class Split(NamedTuple):
+    """Pairs to judge: their prompts (the clusters of the bootstrap) and their tokens."""
+
+    prompts: Sequence[str]
+    examples: Sequence[EncodedPair]
+
+
+def judge(
+    model: str | Path,
+    start: str | Path,
+    criteria: Mapping[str, Mapping[str, Split]],
+    *,
+    pad_id: int,
+    risk: RiskMeasure,
+    resamples: int,
+    seed: int,
+    device: str = "cpu",
+) -> dict[str, dict[str, Any]]:
+    """criterion -> split -> the figures of `summarise`, for a model folder relative to that of the start model."""
+    policy, reference = (load_policy(PolicySpec(model=str(folder))).to(device) for folder in (model, start))
+    return {
+        criterion: {
+            name: summarise(pair_stats(policy, reference, split.examples, pad_id, risk), split.prompts, resamples, seed)
+            for name, split in splits.items()
+        }
+        for criterion, splits in criteria.items()
+    }
 
 
 @torch.no_grad()
@@ -39,11 +69,12 @@ def pair_stats(
     return PairStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def summarise(stats: PairStats, prompts: Sequence[int], resamples: int, seed: int) -> dict[str, Any]:
-    """The figures of results.json with 95 % intervals, resampling prompts.
+def summarise(stats: PairStats, prompts: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
+    """The figures of results.json with 95 % intervals that resample prompts (null where there is only one prompt).
 
-    logp_accuracy: share of pairs whose chosen response the model itself finds more probable. reward_accuracy: share whose
-    chosen response gained more log-probability since the start model (a tie is half). margin: that gain's difference, nats.
+    logp_accuracy: share of pairs whose chosen response the model itself finds more probable. reward_accuracy: share
+    whose chosen response gained more log-probability since the start model (a tie is half). margin: the difference of
+    these gains, in nats.
     """
     margin = stats.chosen_logratio - stats.rejected_logratio
     columns = {
@@ -55,13 +86,16 @@ def summarise(stats: PairStats, prompts: Sequence[int], resamples: int, seed: in
         "kl": stats.kl,
         "risk": stats.risk,
     }
-    clusters = torch.tensor(prompts)
-    intervals = {
-        name: clustered_bootstrap(column.double(), clusters, mean, resamples=resamples, seed=seed)
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    clusters = torch.tensor([numbers[prompt] for prompt in prompts])
+    intervals: dict[str, list[float] | None] = {
+        name: list(clustered_bootstrap(column.double(), clusters, mean, resamples=resamples, seed=seed))
+        if len(numbers) > 1
+        else None
         for name, column in columns.items()
     }
     figures = {name: column.double().mean().item() for name, column in columns.items()}
-    return {"pairs": len(margin), **figures, "ci95": {name: list(interval) for name, interval in intervals.items()}}
+    return {"pairs": len(margin), **figures, "ci95": intervals}
 
 
 def _wins(difference: Tensor) -> Tensor:
@@ -79,17 +113,13 @@ def _batch_stats(policy: Policy, start: Policy, batch: PreferenceBatch, risk: Ri
     head = start.head
     reference = ReferenceStates(start.states(batch), head.weight, head.bias, head.scale, head.softcap)
     tokens = policy(batch, reference, risk)
-    rows = batch["cu_seqlens"]
-    total = {
-        name: nested_risk(values.float(), rows).total.cpu()
-        for name, values in (
-            ("logp", tokens.logp),
-            ("ratio", tokens.logratio),
-            ("kl", tokens.kl),
-            ("risk", tokens.risk),
-        )
-    }
-    sides = {
-        name: values.chunk(2) for name, values in total.items()
-    }  # chosen rows come first, as many as rejected ones
-    return PairStats(*sides["logp"], *sides["ratio"], sum(sides["kl"]) / 2, sum(sides["risk"]) / 2)
+
+    def sides(values: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the tokens of the chosen rows, which come first, and of as many rejected rows."""
+        chosen, rejected = nested_risk(values, batch["cu_seqlens"]).total.cpu().chunk(2)
+        return chosen, rejected
+
+    kl, total_risk = sides(tokens.kl), sides(tokens.risk)
+    return PairStats(
+        *sides(tokens.logp), *sides(tokens.logratio), (kl[0] + kl[1]) / 2, (total_risk[0] + total_risk[1]) / 2
+    )

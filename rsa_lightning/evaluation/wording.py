@@ -92,7 +92,7 @@ def report(
 ) -> str:
     """report.md; `pictures` are (file name, caption)."""
     models = found["models"]
-    parts = ["# Results", paragraph(models, changes, further)]
+    parts = ["# Results", findings(models, changes, further)]
     for table, definition in zip(tables(found), (DEFINITIONS, PREFERENCE_DEFINITIONS), strict=False):
         parts += [f"## {table[0]}", markdown(table), definition]
     if changes:
@@ -103,10 +103,10 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
-def paragraph(
+def findings(
     models: Sequence[Mapping[str, Any]], changes: Sequence[Change], further: Mapping[str, Mapping[str, float] | None]
 ) -> str:
-    """What the numbers show, in words."""
+    """What the numbers show, in words: one line each."""
     by_name = {model["name"]: model for model in models}
     sentences = [
         _change_sentence(
@@ -127,7 +127,7 @@ def paragraph(
         sentences += _preference_sentences(model)
     if all(model["cost_mean"] is None and model["reward_mean"] is None for model in models):
         sentences.insert(0, "No answers were scored, so reward and cost are not known.")
-    return " ".join(sentences)
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def examples(chosen: Iterable[tuple[str, Sequence[tuple[str, Sample]]]]) -> str:

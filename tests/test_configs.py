@@ -1,0 +1,111 @@
+"""Every shipped configuration parses and survives a one-step run; README and Makefile say the same commands."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rsa_lightning.cli import main
+from rsa_lightning.config import load_file
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+DEBUG = ROOT / "configs/debug.yaml"
+ALIGN = {"quickstart.yaml", "hh.yaml"}
+FIT = {"reward.yaml", "safety.yaml"}
+SMALL = [
+    "--evaluation.samples_per_prompt",
+    "1",
+    "--evaluation.max_new_tokens",
+    "4",
+    "--evaluation.pairs",
+    "4",
+    "--evaluation.resamples",
+    "10",
+]
+
+
+def one_step(kind: str, config: str, *arguments) -> int:
+    return main([kind, "-c", str(ROOT / "configs" / config), "-c", str(DEBUG), *map(str, arguments)])
+
+
+def test_every_configuration_is_tested():
+    assert set(CONFIGS) == ALIGN | FIT | {"debug.yaml"}
+
+
+@pytest.mark.parametrize("config", sorted(FIT))
+def test_a_stage_survives_one_step(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Q{i}?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(40)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert one_step("fit", config, "--data.path", "pairs.jsonl", "--trainer.max_steps", 1) == 0
+    assert list(tmp_path.glob("runs/*/version_0/model/model.safetensors"))
+
+
+def test_the_quickstart_survives_one_step(tmp_path):
+    size = ["--data.stories.demonstrations", 80, "--data.stories.pairs", 80, "--trainer.max_steps", 1]
+    assert one_step("align", "quickstart.yaml", "--output", tmp_path / "run", *size, *SMALL) == 0
+    assert len(json.loads((tmp_path / "run/results.json").read_text())["models"]) == 3
+
+
+def test_human_preferences_survive_one_step(tmp_path):
+    """Transcripts made here: multi-turn, with a defect of each kind."""
+    turn = "\n\nHuman: question {i}\n\nAssistant: well\n\nHuman: and?\n\nAssistant:"
+    rows = [{"chosen": turn.format(i=i) + f" yes {i}", "rejected": turn.format(i=i) + f" no {i}"} for i in range(80)]
+    rows[3]["rejected"] = turn.format(i=4) + " other prompt"
+    rows[5]["chosen"] = turn.format(i=5)
+    rows[7]["rejected"] = rows[7]["chosen"]
+    for name in ("helpful", "safety"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--data.helpful", tmp_path / "helpful.jsonl", "--data.safety", tmp_path / "safety.jsonl"]
+    assert one_step("align", "hh.yaml", "--output", tmp_path / "run", *files, "--trainer.max_steps", 1, *SMALL) == 0
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["steps"]["reward"]["data"]["skipped"] == {"prompt_mismatch": 1, "empty": 1, "identical": 1}
+    last = json.loads((tmp_path / "run/results.json").read_text())["models"][-1]
+    assert last["reward_mean"] is None
+    assert set(last["preference"]["helpful"]["held_out"]) >= {
+        "pairs",
+        "reward_accuracy",
+        "logp_accuracy",
+        "margin",
+        "kl",
+        "risk",
+        "ci95",
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_command_in_a_configuration_names_it(name):
+    """The second line of each file is the command that runs it."""
+    text = (ROOT / "configs" / name).read_text()
+    assert re.search(rf"# Run:  rsa (align|fit) .*-c configs/{name}", text)
+    load_file(ROOT / "configs" / name)
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_commands_of_the_documents_exist(document):
+    text = (ROOT / document).read_text()
+    made = set(re.findall(r"^make ([a-z]+)", text, re.MULTILINE)) | set(re.findall(r"`make ([a-z]+)`", text))
+    assert made <= targets()
+    assert set(re.findall(r"configs/([\w.]+\.yaml)", text)) <= set(CONFIGS)
+    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_two_commands_of_the_readme_are_those_of_ci():
+    text = (ROOT / "README.md").read_text()
+    assert "make quickstart" in text
+    assert "make test" in text
+    ci = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in ci if line.startswith("make ")] == ["make test", "make lint", "make quickstart"]
+
+
+def test_the_quickstart_target_runs_the_quickstart():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"quickstart: install\n\t\$\(BIN\)/rsa align -c configs/quickstart.yaml\n", makefile)
+    assert load_file(ROOT / "configs/quickstart.yaml")["output"] == "runs/quickstart"
