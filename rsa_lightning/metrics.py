@@ -1,9 +1,22 @@
 """Weighted means over uneven batches and several ranks."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
+
+
+class _Sums(NamedTuple):
+    """Not a MeanMetric: with nan_strategy="disable" torchmetrics 1.9 ignores its weights, and otherwise it drops NaN."""
+
+    values: SumMetric
+    weights: SumMetric
+
+    @classmethod
+    def on(cls, device: torch.device) -> "_Sums":
+        return cls(*(SumMetric(nan_strategy="disable").to(device) for _ in range(2)))
 
 
 class WeightedMeans:
@@ -14,19 +27,21 @@ class WeightedMeans:
     """
 
     def __init__(self) -> None:
-        self._means: dict[str, MeanMetric] = {}
+        self._sums: dict[str, _Sums] = {}
 
     @torch.no_grad()
-    def update(self, values: dict[str, Float[Tensor, "..."]], weight: float | Tensor = 1.0) -> None:
-        """Adds values, one weight each; a name without values (no row of that role) adds nothing."""
+    def update(self, values: dict[str, Float[Tensor, "..."]], weight: float = 1.0) -> None:
+        """Adds values of one weight each; a name without values (no row of that role) adds nothing."""
         for name, value in values.items():
-            if name not in self._means:
-                self._means[name] = MeanMetric(nan_strategy="disable").to(value.device)
-            if value.numel():
-                self._means[name].update(value.float(), weight)
+            sums = self._sums.setdefault(name, _Sums.on(value.device))
+            sums.values.update(weight * value.float().sum())
+            sums.weights.update(weight * value.numel())
 
     def read(self) -> dict[str, Tensor]:
-        """The means over all ranks, and a fresh start. Every rank must have seen the same names."""
-        means = {name: metric.compute() for name, metric in self._means.items()}
-        self._means = {}  # not reset(): state made in inference mode cannot be used outside it
+        """The means over all ranks (nan where there was nothing), and a fresh start.
+
+        Every rank must have seen the same names.
+        """
+        means = {name: sums.values.compute() / sums.weights.compute() for name, sums in self._sums.items()}
+        self._sums = {}  # not reset(): state made in inference mode cannot be used outside it
         return means

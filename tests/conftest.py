@@ -12,9 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from jaxtyping import install_import_hook
 
-from rsa_lightning.data.tokenize import train_tokenizer
+# shapes and dtypes in the signatures of these modules are checked in every test; before anything imports them.
+# Not rsa_kernels: torch.compile cannot trace the checks.
+SHAPE_CHECKED = ["rsa_lightning.losses", "rsa_lightning.evaluation.tail"]
+install_import_hook(SHAPE_CHECKED, "shapes.check")
+
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from rsa_lightning.data.tokenize import train_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 

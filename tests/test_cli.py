@@ -1,5 +1,6 @@
 """The `rsa` command as users call it: real processes, exit codes, and one clear line per mistake."""
 
+import csv
 import gzip
 import json
 import shutil
@@ -14,23 +15,21 @@ from rsa_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 REWARD, SAFETY, QUICKSTART = (str(ROOT / f"configs/{name}.yaml") for name in ("reward", "safety", "quickstart"))
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-FAST = [
-    "--trainer.max_steps",
-    "1",
-    "--trainer.limit_val_batches",
-    "1",
-    "--trainer.logger",
-    "false",
-    "--trainer.callbacks",
-    "null",
-    "--trainer.enable_checkpointing",
-    "false",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--data.max_length",
-    "64",
-]
+
+
+def flags(values: dict) -> list[str]:
+    """{"trainer.max_steps": 1} -> ["--trainer.max_steps", "1"]"""
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+
+
+ONE_STEP = {"trainer.max_steps": 1, "trainer.limit_val_batches": 1, "data.max_length": 64}
+SILENT = {
+    "trainer.logger": "false",
+    "trainer.callbacks": "null",
+    "trainer.enable_checkpointing": "false",
+    "trainer.enable_progress_bar": "false",
+}
+FAST = flags(ONE_STEP | SILENT)
 
 
 @pytest.fixture(autouse=True)
@@ -69,31 +68,38 @@ def test_an_unknown_command_is_named(capsys):
     )
 
 
+def process(*arguments, cwd) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def test_fit_trains_and_exports(pairs, tmp_path):
-    """A real process, on the shipped configuration, with the loss switched on the command line."""
-    command = [
-        sys.executable,
-        "-m",
-        "rsa_lightning",
-        "fit",
-        "-c",
-        REWARD,
-        "--data.path",
-        pairs,
-        *FAST[:4],
-        "--data.max_length",
-        "64",
-        "--model.loss",
-        "DPO",
-        "--trainer.logger.save_dir",
-        tmp_path,
+    """A real process, on the shipped configuration, with the loss switched on the command line and two loggers."""
+    loggers = [
+        {
+            "class_path": f"lightning.pytorch.loggers.{name}",
+            "init_args": {"save_dir": "logs", "name": "x", "version": 0},
+        }
+        for name in ("CSVLogger", "TensorBoardLogger")
     ]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "reward/version_0"
+    options = flags(ONE_STEP | {"model.loss": "DPO", "trainer.logger": json.dumps(loggers)})
+    process("rsa_lightning", "fit", "-c", REWARD, "--data.path", pairs, *options, cwd=tmp_path)
+    folder = tmp_path / "logs/x/version_0"
     assert (folder / "model/model.safetensors").exists()
     assert "train/rewards/accuracies" in (folder / "metrics.csv").read_text().splitlines()[0]
     assert "class_path: rsa_lightning.losses.DPO" in (folder / "config.yaml").read_text()
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_validate_measures_and_trains_nothing(pairs, tiny_llama, tmp_path, capsys):
+    before = (tiny_llama / "model.safetensors").read_bytes()
+    options = flags(SILENT | {"data.max_length": 64, "model.policy.model": tiny_llama})
+    assert main(["validate", "-c", REWARD, "--data.path", str(pairs), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "val/rewards/margins" in printed
+    assert "val/risk/rejected" in printed
+    assert (tiny_llama / "model.safetensors").read_bytes() == before
 
 
 def truncated(tmp_path):
@@ -230,59 +236,45 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_two_ranks_make_the_same_step_as_one(loss, pairs, tiny_llama, tmp_path):
     """Through torchrun and the command line: 2 processes x 4 pairs = 1 process x 8 pairs, three steps."""
 
-    def fit(name, batch_size, devices, *launcher):
-        options = [
-            "--trainer.devices",
-            devices,
-            "--trainer.max_steps",
-            "3",
-            "--trainer.limit_val_batches",
-            "1",
-            "--trainer.logger.save_dir",
-            tmp_path,
-            "--trainer.logger.name",
-            name,
-            "--trainer.enable_checkpointing",
-            "false",
-            "--trainer.accelerator",
-            "cpu",
-            "--data.batch_size",
-            batch_size,
-            "--data.max_length",
-            "64",
-            "--model.policy.model",
-            tiny_llama,
-            "--model.loss",
-            loss,
-            "--model.optimizer",
-            "torch.optim.SGD",
-            "--model.optimizer.lr",
-            "1.0",
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            *launcher,
-            "rsa_lightning",
-            "fit",
-            "-c",
-            REWARD,
-            "--data.path",
-            pairs,
-            *options,
-        ]
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return load_file(next((tmp_path / name).rglob("model.safetensors")))
+    settings = {
+        "trainer.max_steps": 3,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_checkpointing": "false",
+        "trainer.check_val_every_n_epoch": 1,
+        "trainer.limit_train_batches": 3,
+        "trainer.logger.save_dir": tmp_path,
+        "data.max_length": 64,
+        "data.validation_fraction": 0.3,
+        "model.policy.model": tiny_llama,
+        "model.loss": loss,
+        "model.optimizer": "torch.optim.SGD",
+        "model.optimizer.lr": 1.0,
+    }
 
-    one = fit("one", 8, 1)
-    ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    two = fit("two", 4, 2, *ranks)
+    def fit(name, batch_size, devices, *launcher):
+        mine = {"trainer.logger.name": name, "data.batch_size": batch_size, "trainer.devices": devices}
+        process(
+            *launcher, "rsa_lightning", "fit", "-c", REWARD, "--data.path", pairs, *flags(settings | mine), cwd=tmp_path
+        )
+        folder = tmp_path / name / "version_0"
+        return load_file(folder / "model/model.safetensors"), validation(folder / "metrics.csv")
+
+    one, figures = fit("one", 8, 1)
+    two, figures_of_two = fit("two", 4, 2, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     start = load_file(tiny_llama / "model.safetensors")
     moved = max((one[name] - start[name]).abs().max() for name in start)
     apart = max((one[name] - two[name]).abs().max() for name in start)
     assert moved > 1e-4
     assert apart < 1e-3 * moved
+    assert figures["val/loss"] != pytest.approx(0.6931, abs=1e-3)
+    assert figures_of_two == pytest.approx(figures, rel=1e-3, abs=1e-4)
+
+
+def validation(file: Path) -> dict[str, float]:
+    """The validation figures in the last row that has them: means over an odd number of pairs, uneven batches and ranks."""
+    with file.open() as rows:
+        last = [row for row in csv.DictReader(rows) if row["val/loss"]][-1]
+    return {name: float(value) for name, value in last.items() if name.startswith("val/")}
 
 
 def test_processes_that_would_train_alone_are_refused(pairs, monkeypatch, capsys):

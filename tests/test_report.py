@@ -119,7 +119,7 @@ def test_unscored_answers_are_left_out_and_counted(tmp_path: Path):
     found = results([ModelRecord("m", tmp_path / "s.jsonl")], resamples=10)
     [model] = found["models"]
     assert (model["cost_mean"], model["samples"], model["unscored"]) == (2, 3, 1)
-    assert "1 of 3 answers of `m` have no score: left out." in wording.paragraph(found["models"], [], {})
+    assert "1 of 3 answers of `m` have no score: left out." in wording.findings(found["models"], [], {})
 
 
 def test_one_prompt_has_no_interval(tmp_path: Path):
