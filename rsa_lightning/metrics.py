@@ -9,7 +9,7 @@ from torchmetrics import SumMetric
 
 
 class _Sums(NamedTuple):
-    """Not a MeanMetric: with nan_strategy="disable" torchmetrics 1.9 ignores its weights, and otherwise it drops NaN."""
+    """Not a MeanMetric: torchmetrics 1.9 either drops NaN or (nan_strategy="disable") ignores the weights."""
 
     values: SumMetric
     weights: SumMetric
@@ -33,7 +33,9 @@ class WeightedMeans:
     def update(self, values: dict[str, Float[Tensor, "..."]], weight: float = 1.0) -> None:
         """Adds values of one weight each; a name without values (no row of that role) adds nothing."""
         for name, value in values.items():
-            sums = self._sums.setdefault(name, _Sums.on(value.device))
+            if name not in self._sums:
+                self._sums[name] = _Sums.on(value.device)
+            sums = self._sums[name]
             sums.values.update(weight * value.float().sum())
             sums.weights.update(weight * value.numel())
 
