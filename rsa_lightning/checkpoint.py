@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces the file in one step: a reader sees the old or the new content, never half of one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file in one step: a reader, or a crash, sees the old or the new content, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value without NaN, which is not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def file_hash(path: str | Path) -> str:

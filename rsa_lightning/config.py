@@ -9,7 +9,14 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; configurations mean the number."""
+    """YAML 1.1 reads 1e-3 as a string; configurations mean the number. A key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice[0]} is written twice in one mapping")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -37,7 +44,11 @@ def load_file(file: str | Path) -> dict[str, Any]:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration file {path}")
-    value = parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    value = parse(text, str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path} must be a mapping of keys, got {type(value).__name__}")
     return value
@@ -46,7 +57,7 @@ def load_file(file: str | Path) -> dict[str, Any]:
 def parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

@@ -214,6 +214,8 @@ class IPO(PreferenceLoss):
 class KTO(PreferenceLoss):
     """Kahneman-Tversky loss: one term per response, any numbers of desirable (chosen) and undesirable (rejected) ones.
 
+    The data module feeds it pairs: as many of each, and one mismatched response per pair.
+
         desirable:    w_d (1 - sigmoid(beta (lr - z0)))        undesirable:  w_u (1 - sigmoid(beta (z0 - lr)))
         z0 = max(0, mean lr of mismatched prompt-response pairs over the global batch), without gradient
 

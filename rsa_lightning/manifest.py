@@ -35,6 +35,13 @@ class Manifest:
         kept = {key: value for key, value in self.section(section).items() if key != name}
         self.note(**{section: kept if entry is None else {**kept, name: entry}})
 
+    def forget(self, name: str) -> None:
+        """Drops what is known of a step before it runs again, and the results that its old model is part of."""
+        self.put("steps", name, None)
+        self.put("evaluations", name, None)
+        for stale in [*self.folder.glob("*.png"), self.folder / "results.json", self.folder / "report.md"]:
+            stale.unlink(missing_ok=True)
+
     def why_again(self, name: str, inputs: Mapping[str, Any], model: Path) -> str | None:
         """Why a step must run, in words; None when its model can be reused."""
         finished = self.section("steps").get(name)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from rsa_lightning.data.tokenize import PreferenceBatch
 
 
-@dataclass
+@dataclass(frozen=True)
 class PolicySpec:
     """Where a policy starts: an existing Hugging Face causal language model, or a fresh one from a configuration.
 
@@ -45,6 +45,8 @@ class PolicySpec:
             raise ValueError(
                 "policy: give `model` (a Hugging Face folder or hub id), or `config` with model_type for a new model"
             )
+        if self.model is None and (self.revision is not None or self.trust_remote_code):
+            raise ValueError("policy.revision and policy.trust_remote_code belong to `model`: a fresh one has neither")
         if self.model is None and "model_type" not in (self.config or {}):
             raise ValueError("policy.config needs `model_type`, for example llama")
 
@@ -162,6 +164,14 @@ class Policy(nn.Module):
         return self.head(self.states(batch), batch["labels"], reference, risk, entropy=entropy, impl=impl)
 
 
+def check_spec(spec: PolicySpec) -> None:
+    """What can be said against a policy before anything is loaded or made; raises like `load_policy`."""
+    if spec.model is None:
+        _known_fields(spec)
+    else:
+        _check_folder(spec.model)
+
+
 def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = None) -> Policy:
     """Builds the policy on the CPU.
 
@@ -180,21 +190,58 @@ def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes a Hugging Face folder that plain transformers loads; it appears whole or not at all."""
+    """Writes a Hugging Face folder that plain transformers loads; it appears whole or not at all.
+
+    An earlier model in `folder` is replaced.
+
+    Raises:
+        ValueError: the folder holds something that is no model.
+        FloatingPointError: a weight is not finite; nothing is written.
+    """
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    check_replaceable(folder)
+    for name, parameter in policy.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"the weight {name} is not finite, so nothing was saved: lower the learning rate")
+    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     config = policy.model.generation_config
     if config is not None:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
     policy.model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError where writing a model into `folder` would destroy something else."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
+        raise ValueError(
+            f"{folder} exists and is no model folder (no config.json in it): choose another folder for the model"
+        )
 
 
 def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    model_type, fields = _known_fields(spec)
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        fields = {"vocab_size": len(tokenizer), **ids, "pad_token_id": tokenizer.pad_token_id, **fields}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(spec.seed)
+            config = AutoConfig.for_model(model_type, **fields)
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))
+    except Exception as error:  # whatever transformers raises on an impossible configuration is about the configuration
+        raise ValueError(f"policy.config: no causal {model_type} can be made of it ({_first_line(error)})") from error
+
+
+def _known_fields(spec: PolicySpec) -> tuple[str, dict[str, Any]]:
+    """Model type and fields of a configuration; raises ValueError on names that transformers would silently keep."""
     fields = dict(spec.config or {})
     model_type = fields.pop("model_type")
     try:
@@ -204,14 +251,7 @@ def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None) ->
     unknown = [name for name in fields if not hasattr(defaults, name)]
     if unknown:
         raise ValueError(f"policy.config has fields that {model_type} does not know: {', '.join(unknown)}")
-    if tokenizer is not None:
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        fields = {"vocab_size": len(tokenizer), **ids, "pad_token_id": tokenizer.pad_token_id, **fields}
-    with torch.random.fork_rng():
-        torch.manual_seed(spec.seed)
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **fields), dtype=getattr(torch, spec.dtype)
-        )
+    return model_type, fields
 
 
 def _from_folder(spec: PolicySpec) -> PreTrainedModel:
@@ -231,20 +271,20 @@ def _from_folder(spec: PolicySpec) -> PreTrainedModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"no causal language model can be read from {source!r} ({_first_line(error)})") from error
     model, info = loaded
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{source} lacks {len(names)} of the model's weights (first: {names[0]}): they would be random"
-        )
+    for key, what in (("missing_keys", "lacks weights"), ("unexpected_keys", "has weights that no layer takes")):
+        if info[key]:
+            found = f"{len(info[key])}, first: {min(info[key])}"
+            raise ValueError(f"{source} {what} ({found}): its config.json and its weights do not belong together")
     return model
 
 
 def _check_folder(source: str) -> None:
     """A name that looks like a path must exist: otherwise transformers would ask the hub for it."""
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    parent = Path(source).parts[:1]
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(*parent).is_dir()
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
         raise FileNotFoundError(f"{source} is not a Hugging Face folder: it has no config.json")
     if looks_like_path and not Path(source).is_dir():
@@ -270,6 +310,10 @@ def _check_head(model: PreTrainedModel, head: nn.Linear, scale: float, softcap: 
     ids = torch.arange(3, device=head.weight.device)[None] % head.weight.shape[0]
     logits = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state) * scale
     logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    if not logits.isfinite().all():
+        raise ValueError(
+            "the model's weights give logits that are not finite: its training diverged, take an earlier model"
+        )
     expected = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
     if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
     """Warm-up over a share of all optimizer steps, then the named decay (transformers' schedules).
 

@@ -1,12 +1,14 @@
 """The configuration of `rsa align`, checked, and the `rsa fit` configuration of each of its steps."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rsa_lightning.config import merge
+from rsa_lightning.evaluation.generate import Sampling
 from rsa_lightning.models import PolicySpec
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.temperatures import Parametrization
@@ -18,6 +20,17 @@ STAGES = {
     "safety": "rsa_lightning.stages.SafetyAlignment",
 }
 SOURCES = ("demonstrations", "helpful", "safety")
+# keys of a step that the parser of `rsa fit` judges: only their shape is checked here
+LOOSE: dict[str, tuple[type, ...]] = {
+    "loss": (str, dict),
+    "risk": (str, dict),
+    "optimizer": (str, dict),
+    "schedule": (str, dict),
+    "trainer": (dict,),
+    "data": (str, list, dict),
+}
+SHAPES = {"str": "a name", "dict": "a mapping", "list": "a list"}
+OWNED = ("path", "tokenizer", "seed")  # arguments of PreferenceData that a run sets itself
 DEFAULT_SOURCES = {"warmup": ("demonstrations",), "reward": ("helpful",), "safety": ("safety",)}
 
 
@@ -72,26 +85,25 @@ class Evaluation:
     Args:
         scorer: dotted name of a function (prompt, answer) -> (reward, cost); null leaves both out.
         prompts: number of held-out prompts where no file of prompts is given.
-        samples_per_prompt: answers drawn per prompt.
-        max_new_tokens: longest answer.
-        temperature: of sampling; 1 is the model's own law, which the estimate of kl_to_start needs.
-        top_p: nucleus mass of sampling; 1 keeps every token.
-        batch_size: answers drawn at once.
+        sampling: how answers are drawn; prompts are cut as in training, whatever max_prompt_length says here.
         pairs: preference pairs judged per criterion and split; 0 judges none.
         resamples: of the bootstrap over prompts.
+        figures: draw them; needs matplotlib.
         show_examples: print a few answers in the report; leave off where answers may be harmful.
     """
 
     scorer: str | None = None
     prompts: int = 64
-    samples_per_prompt: int = 8
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    batch_size: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
     pairs: int = 512
     resamples: int = 1000
+    figures: bool = True
     show_examples: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompts", 2), ("pairs", 0), ("resamples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass
@@ -162,7 +174,11 @@ def read_config(config: Mapping[str, Any]) -> AlignConfig:
     parts = {key: _mapping(config.get(key) or {}, key) for key in loose}
     parsed = _parse(AlignConfig, values, skip=set(loose), where="")
     parsed.trainer = dict(parts["trainer"])
-    parsed.steps = {name: _step(name, value) for name, value in parts["steps"].items()}
+    # null removes a step that a lower layer has
+    parsed.steps = {name: _step(name, value) for name, value in parts["steps"].items() if value is not None}
+    for i, name in enumerate(parsed.steps):
+        _check_name(name, [other.lower() for other in list(parsed.steps)[:i]])
+    _check_options(parsed.data.options, "data.options")
     if not parsed.steps:
         raise ValueError("steps: give at least one, for example  steps: {warmup: {kind: warmup}}")
     _check_order(parsed)
@@ -183,6 +199,11 @@ def sources_of(step: StepConfig, data: AlignData) -> tuple[tuple[str, ...], dict
         if step.kind == "warmup" and "demonstrations" not in given:
             wanted = given  # the chosen responses of all pairs
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    _check_options(options, "data")
+    if "demonstrations" in names and len(names) > 1:
+        raise ValueError(
+            "data: demonstrations have another format than pairs and cannot be mixed with them in one step"
+        )
     for name in names or SOURCES[1:]:
         if name not in SOURCES:
             raise ValueError(f"data: there is no source {name!r}; the sources are {', '.join(SOURCES)}")
@@ -196,7 +217,7 @@ def fit_config(
     config: AlignConfig,
     *,
     policy: Mapping[str, Any],
-    reference: str | None,
+    reference: str,
     data: Mapping[str, Any],
     folder: Path,
     progress_bar: bool,
@@ -204,9 +225,8 @@ def fit_config(
     """The `rsa fit` configuration of a step whose model ends in `folder`/model."""
     arguments: dict[str, Any] = {"policy": dict(policy), "optimizer": step.optimizer, "schedule": step.schedule}
     if step.kind != "warmup":
-        reference_arguments = {} if reference is None else {"model": reference}
         arguments |= {
-            "reference": {"class_path": "rsa_lightning.reference.FrozenCopy", "init_args": reference_arguments},
+            "reference": {"class_path": "rsa_lightning.reference.FrozenCopy", "init_args": {"model": reference}},
             "loss": step.loss,
             "risk": step.risk,
         }
@@ -268,12 +288,17 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
+def _check_options(options: Mapping[str, Any], where: str) -> None:
+    for key in OWNED:
+        if key in options:
+            place = {"path": "data.helpful, data.safety", "tokenizer": "model.tokenizer", "seed": "seed"}[key]
+            raise ValueError(f"{where}.{key} is set by the run: use {place}")
+
+
 def _check_order(config: AlignConfig) -> None:
     """`start` and `reference` name an earlier step, the base model, or a folder."""
     earlier: list[str] = []
     for name, step in config.steps.items():
-        if name in (BASE, "inputs") or "/" in name or name.startswith("."):
-            raise ValueError(f"steps.{name}: this name is taken or is no folder name; choose another")
         for key in ("start", "reference"):
             target = getattr(step, key)
             if target is None or target in (*earlier, BASE) or Path(target).is_dir():
@@ -289,6 +314,14 @@ def _check_order(config: AlignConfig) -> None:
         earlier.append(name)
 
 
+def _check_name(name: Any, taken: list[str]) -> None:
+    """A step's name is the name of its folder in the run directory, on any file system."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"steps: {name!r} is no name for a step: use letters, digits, _ and -")
+    if name.lower() in (BASE, "inputs", *taken):
+        raise ValueError(f"steps.{name}: this name is taken; choose another")
+
+
 def _step(name: str, value: Any) -> StepConfig:
     where = f"steps.{name}"
     values = _mapping(value, where)
@@ -296,16 +329,12 @@ def _step(name: str, value: Any) -> StepConfig:
     for key in values:
         if key not in known:
             raise ValueError(f"{where}.{key}: unknown key; known are {', '.join(known)}")
-    loose = {
-        key: values[key]
-        for key in ("loss", "risk", "optimizer", "schedule", "trainer", "data")
-        if values.get(key) is not None
-    }
-    typed = {
-        key: item
-        for key, item in values.items()
-        if key not in ("loss", "risk", "optimizer", "schedule", "trainer", "data")
-    }
+    for key, kinds in LOOSE.items():
+        if values.get(key) is not None and not isinstance(values[key], kinds):
+            wanted = " or ".join(SHAPES[kind.__name__] for kind in kinds)
+            raise ValueError(f"{where}.{key} must be {wanted}, got {values[key]!r}")
+    loose = {key: values[key] for key in LOOSE if values.get(key) is not None}
+    typed = {key: item for key, item in values.items() if key not in LOOSE}
     return dataclasses.replace(_parse(StepConfig, typed, skip=set(loose), where=where), **loose)
 
 

@@ -77,10 +77,17 @@ class PolicyStage(L.LightningModule, abc.ABC):
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         step = self.global_step  # unchanged by the micro-batches that only accumulate
         if step != self._logged_step and (step == 1 or step % self.log_every == 0):
-            self._logged_step = step
-            means = _under("train", self._means["train"].read())
-            for logger in self.loggers:
-                logger.log_metrics(means | {"epoch": self.current_epoch}, step)
+            self._log_training(step)
+
+    def on_train_end(self) -> None:
+        if self.global_step != self._logged_step:  # the last steps, when log_every_n_steps does not divide their number
+            self._log_training(self.global_step)
+
+    def _log_training(self, step: int) -> None:
+        self._logged_step = step
+        means = _under("train", self._means["train"].read())
+        for logger in self.loggers:
+            logger.log_metrics(means | {"epoch": self.current_epoch}, step)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self.shared_step(batch, "val")
@@ -120,7 +127,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
         impl: implementation of the token-risk op; anything but auto is binding.
 
     Raises:
-        ValueError: the temperature is given twice or not positive, or the loss is not defined for the risk measure.
+        ValueError: the temperature is given twice or not positive, the loss is not defined for the risk measure, or the
+            discount is not in [0, 1].
     """
 
     stage: ClassVar[Literal["reward", "safety"]]
@@ -141,6 +149,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
         impl: Impl = "auto",
     ) -> None:
         super().__init__(policy, optimizer, schedule, impl)
+        if not 0 <= discount <= 1:
+            raise ValueError(f"discount is a factor per token in [0, 1], got {discount}")
         loss.check_risk(risk)
         temperature = resolve_temperature(self.stage, loss.beta, beta, lam, parametrization)
         self.loss = loss.with_beta(temperature)
@@ -199,8 +209,11 @@ class AlignmentStage(PolicyStage, abc.ABC):
         )
         baseline = None
         if self.loss.needs_baseline:
-            mine = logratio[batch["roles"] == ROLES.index("mismatched")].detach().mean()
-            baseline = cast(Tensor, self.all_gather(mine)).mean()  # over ranks, before the loss clamps it
+            mismatched = logratio[batch["roles"] == ROLES.index("mismatched")].detach()
+            # sums over ranks, which may hold unequal numbers of pairs in validation; before the loss clamps the mean
+            parts = torch.stack([mismatched.sum(), mismatched.new_tensor(float(len(mismatched)))])
+            total_ratio, count = cast(Tensor, self.all_gather(parts)).reshape(-1, 2).sum(0)
+            baseline = total_ratio / count
 
         def side(role: int) -> SequenceStats:
             rows = batch["roles"] == role
@@ -233,7 +246,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         }
         if len(terms.chosen_rewards) == len(terms.rejected_rewards):
             margins = terms.chosen_rewards - terms.rejected_rewards
-            values["rewards/margins"] = margins
+            values["rewards/margins"] = margins  # TRL's name; right where chosen is the preferred response
             values["rewards/accuracies"] = (margins > 0).float() + 0.5 * (margins == 0).float()  # a tie is half right
         if tokens.kl is not None and chosen.risk is not None and rejected.risk is not None:
             values |= _by_side("kl", _per_row(tokens.kl, batch), batch)

@@ -1,7 +1,7 @@
 """From the temperature and multiplier of the constrained problem to one temperature per stage."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Parametrization = Literal["total", "kl_on_cost", "rsa_paper"]
 
@@ -31,15 +31,14 @@ def stage_betas(beta: float, lam: float, parametrization: Parametrization = "tot
 
     Sources: SACPO arXiv:2404.11049 (Theorem 1), Safe RLHF arXiv:2310.12773, RSA arXiv:2512.24263.
     """
+    _check_name(parametrization)
     _check("beta", beta, "a temperature must be a positive number")
     _check("lam", lam, "the multiplier must be a positive number (drop the safety step to train without one)")
     if parametrization == "rsa_paper":
         return StageBetas(beta, (1 + lam) * beta / lam)
     if parametrization == "kl_on_cost":
         return StageBetas((1 + lam) * beta, (1 + lam) * beta / lam)
-    if parametrization == "total":
-        return StageBetas(beta, beta / lam)
-    raise ValueError(f"parametrization must be total, kl_on_cost or rsa_paper, got {parametrization!r}")
+    return StageBetas(beta, beta / lam)
 
 
 def resolve_temperature(
@@ -54,16 +53,22 @@ def resolve_temperature(
     Raises:
         ValueError: given twice, or not positive.
     """
-    if direct is not None and (beta is not None or lam is not None):
-        raise ValueError(
-            f"the temperature of the {stage} stage is given twice: loss.beta={direct} and beta={beta}, lam={lam}. "
-            "Keep either loss.beta or beta/lam"
-        )
+    _check_name(parametrization)
     if direct is not None:
+        if beta is not None or lam is not None or parametrization != "total":
+            raise ValueError(
+                f"the temperature of the {stage} stage is given twice: loss.beta={direct} and beta={beta}, lam={lam}, "
+                f"parametrization={parametrization}. Keep either loss.beta or the others"
+            )
         _check("loss.beta", direct, "a temperature must be a positive number")
         return direct
     betas = stage_betas(DEFAULT_BETA if beta is None else beta, DEFAULT_LAM if lam is None else lam, parametrization)
     return betas.reward if stage == "reward" else betas.safety
+
+
+def _check_name(parametrization: str) -> None:
+    if parametrization not in get_args(Parametrization):
+        raise ValueError(f"parametrization must be {', '.join(get_args(Parametrization))}, got {parametrization!r}")
 
 
 def _check(name: str, value: float, why: str) -> None:

@@ -15,9 +15,9 @@ DEBUG = ROOT / "configs/debug.yaml"
 ALIGN = {"quickstart.yaml", "hh.yaml"}
 FIT = {"reward.yaml", "safety.yaml"}
 SMALL = [
-    "--evaluation.samples_per_prompt",
+    "--evaluation.sampling.samples_per_prompt",
     "1",
-    "--evaluation.max_new_tokens",
+    "--evaluation.sampling.max_new_tokens",
     "4",
     "--evaluation.pairs",
     "4",

@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rsa_lightning.checkpoint import file_hash
 from rsa_lightning.data.datamodule import PreferenceData, split_by_prompt
 from rsa_lightning.data.formats import ASSISTANT, FormatError, PreferencePair, split_key
-from rsa_lightning.data.readers import fingerprint
 
 pytestmark = [
     # about every loader that Lightning cannot rewind itself; test_an_interrupted_run_continues_in_order shows ours can
@@ -85,13 +85,13 @@ def test_report_accounts_for_every_row(tmp_path, caplog):
         file.write(json.dumps({"prompt": "p", "chosen": "", "rejected": "no"}) + "\n")
         file.write(json.dumps({"prompt": "p", "chosen": "no", "rejected": "no"}) + "\n")
     data = PreferenceData(str(path), **SHORT)
-    with caplog.at_level(logging.INFO, logger="rsa_lightning"):
+    with caplog.at_level(logging.DEBUG, logger="rsa_lightning"):
         data.setup()
         data.setup()
     report = data.report
     assert (report["rows"], report["kept"], report["skipped"]) == (62, 60, {"empty": 1, "identical": 1})
     assert report["train_pairs"] == len(data.train_pairs) == 60 - report["validation_pairs"]
-    assert report["sha256"] == {str(path): fingerprint(path)}
+    assert report["sha256"] == {str(path): file_hash(path)}
     assert report["tokens"]["prompt"]["max"] <= 24
     assert data.skipped_rows == {"empty": ["a.jsonl:61"], "identical": ["a.jsonl:62"]}
     assert json.loads(json.dumps(report)) == report

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rsa_lightning.checkpoint import file_hash
 from rsa_lightning.data.formats import (
     ASSISTANT,
     FORMATS,
@@ -24,7 +25,7 @@ from rsa_lightning.data.formats import (
     split_key,
     trl,
 )
-from rsa_lightning.data.readers import fingerprint, read_pairs
+from rsa_lightning.data.readers import read_pairs
 
 TRL_ROW = {"prompt": "Say hi.", "chosen": "Hi!", "rejected": "No."}
 DIALOGUE = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
@@ -276,7 +277,7 @@ def test_parquet_with_two_columns_of_one_name_or_no_rows_is_an_error(tmp_path):
 def test_fingerprint_is_that_of_the_bytes(tmp_path):
     """SHA-256 of "abc", from FIPS 180-2."""
     (tmp_path / "a").write_bytes(b"abc")
-    assert fingerprint(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_formats_need_no_torch():

@@ -19,7 +19,12 @@ TINY = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-SMALL_EVALUATION = {"samples_per_prompt": 2, "max_new_tokens": 8, "prompts": 4, "pairs": 8, "resamples": 20}
+SMALL_EVALUATION = {
+    "sampling": {"samples_per_prompt": 2, "max_new_tokens": 8},
+    "prompts": 4,
+    "pairs": 8,
+    "resamples": 20,
+}
 FAST = {"limit_train_batches": 2, "limit_val_batches": 1, "log_every_n_steps": 1}
 STORIES = {
     "model": {"config": TINY},
@@ -109,12 +114,12 @@ def test_the_manifest_holds_the_lineage(finished):
 
 
 def test_an_unchanged_run_is_reused_wherever_it_lies(copy, finished):
-    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in copy.glob("*/model/model.safetensors")}
     found, printed = run(STORIES, copy)
     assert printed.count("reused") == 3
     assert "sampled" not in printed
     assert found == finished[1]
-    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    assert before == {path: path.stat().st_mtime_ns for path in copy.glob("*/model/model.safetensors")}
 
 
 def test_a_changed_step_reruns_itself_only_when_it_is_the_last(copy):
@@ -126,13 +131,14 @@ def test_a_changed_step_reruns_itself_only_when_it_is_the_last(copy):
 def test_a_changed_step_reruns_what_starts_from_it(copy):
     _, printed = run(STORIES, copy, steps={"reward": {"temperature": 0.5}})
     assert "warmup: reused" in printed
-    assert "reward: runs again, changed: step.temperature" in printed
+    assert "reward: runs again, changed: temperature" in printed
     assert "safety: runs again, changed: lineage" in printed
 
 
 def test_a_changed_lambda_names_the_temperatures(copy):
     _, printed = run(STORIES, copy, lam=4.0)
-    assert "safety: runs again, changed: temperatures" in printed
+    assert "reward: reused" in printed  # its temperature is beta, whatever lambda is
+    assert "safety: runs again, changed: temperature" in printed
     manifest = json.loads((copy / "manifest.json").read_text())
     assert manifest["steps"]["safety"]["temperature"] == pytest.approx(0.025)
 
@@ -151,7 +157,7 @@ def test_an_interrupted_step_runs_again(copy):
     shutil.rmtree(copy / "safety/model")
     _, printed = run(STORIES, copy)
     assert "reward: reused" in printed
-    assert "safety: runs\n" in printed
+    assert "safety: runs;" in printed
 
 
 def test_safety_first_and_a_reference_of_ones_own(finished, tmp_path):

@@ -55,10 +55,12 @@ def test_a_temperature_is_given_once():
     assert resolve_temperature("safety", 0.3, None, None, "total") == 0.3
     with pytest.raises(ValueError, match=r"given twice: loss.beta=0.3 and beta=0.1, lam=None"):
         resolve_temperature("safety", 0.3, 0.1, None, "total")
+    with pytest.raises(ValueError, match=r"given twice: .*parametrization=rsa_paper"):
+        resolve_temperature("safety", 0.3, None, None, "rsa_paper")
     with pytest.raises(ValueError, match=r"loss.beta: a temperature must be a positive number, got -1"):
         resolve_temperature("safety", -1, None, None, "total")
 
 
 def test_unknown_parametrization_is_named():
-    with pytest.raises(ValueError, match="must be total, kl_on_cost or rsa_paper, got 'other'"):
+    with pytest.raises(ValueError, match="must be total, kl_on_cost, rsa_paper, got 'other'"):
         stage_betas(0.1, 1.0, "other")

@@ -15,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from rsa_lightning.checkpoint import file_hash
 from rsa_lightning.data.formats import FormatError, PreferencePair, split_key
-from rsa_lightning.data.readers import fingerprint, read_pairs
+from rsa_lightning.data.readers import read_pairs
 from rsa_lightning.data.sampler import PairBatches, even_batches
 from rsa_lightning.data.tokenize import (
     EncodedPair,
@@ -243,7 +244,7 @@ class PreferenceData(L.LightningDataModule):
             "validation_pairs": len(self.validation_examples),
             "truncated": truncated,
             "tokens": token_statistics(self.train_examples + self.validation_examples),
-            "sha256": {name: fingerprint(name) for name in rows},
+            "sha256": {name: file_hash(name) for name in rows},
         }
 
     @property

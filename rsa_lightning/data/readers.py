@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import hashlib
 import json
 import os
 import zlib
@@ -131,9 +130,3 @@ def check_columns(path: Path, names: list[str]) -> None:
     """Raise FormatError where two columns share a name: a row would silently keep one of them."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise FormatError(f"{path} has several columns named {', '.join(map(repr, twice))}: rename all but one")
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal. Two runs with the same fingerprint read the same data."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rsa_lightning.checkpoint import folder_hashes
 from rsa_lightning.data.formats import RowDefect
 from rsa_lightning.data.tokenize import encode_prompt, load_tokenizer
 from rsa_lightning.evaluation.samples import Sample, publish, resume_partial, to_line
@@ -116,7 +117,7 @@ def generate(
     tokenizer = _load_tokenizer(model_folder, start_folder)
     encoded = _encode(tokenizer, prompts, sampling.max_prompt_length)
     model = _load_model(model_folder, device, dtype)
-    _check_context(model, max(map(len, encoded.values())), sampling)
+    _check_context(model.config, max(map(len, encoded.values())), sampling)
     start = model if start_folder == model_folder else start_folder and _load_model(start_folder, device, dtype)
     eos = _eos_ids(model, tokenizer)
 
@@ -162,6 +163,21 @@ def _check_finite(prompt_id: str, logp: float, ref_logp: float | None) -> None:
                 f"{whose} gives an answer to prompt {prompt_id} the log-probability {value}: its weights are damaged, "
                 "or its training diverged"
             )
+
+
+def check_prompts(model_folder: Path | str, prompts: Mapping[str, str], sampling: Sampling) -> None:
+    """What `generate` would say against these prompts, before a model of this kind has been trained.
+
+    Raises:
+        GenerationError: no prompts, a prompt that cannot be tokenised, or no room for the answer in the context.
+    """
+    from transformers import AutoConfig
+
+    if not prompts:
+        raise GenerationError("there are no prompts to answer: the evaluation split is empty")
+    encoded = _encode(load_tokenizer(model_folder), prompts, sampling.max_prompt_length)
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True)
+    _check_context(config, max(map(len, encoded.values())), sampling)
 
 
 @torch.inference_mode()
@@ -347,12 +363,12 @@ def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([tokenizer.eos_token_id, *extra]))
 
 
-def _check_context(model: Any, longest_prompt: int, sampling: Sampling) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_context(config: Any, longest_prompt: int, sampling: Sampling) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest_prompt + sampling.max_new_tokens > limit:
         raise GenerationError(
-            f"a prompt of {longest_prompt} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
-            f"{limit} positions: lower sampling.max_new_tokens or sampling.max_prompt_length"
+            f"a prompt of {longest_prompt} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
+            f"exceed the model's {limit} positions: lower sampling.max_new_tokens or the length of prompts"
         )
 
 
@@ -363,15 +379,6 @@ def _header(
     return {
         "sampling": dataclasses.asdict(sampling),
         "prompts": hashlib.sha256(json.dumps(list(prompts.items())).encode()).hexdigest(),
-        "model": _folder_hash(model_folder),
-        "start": None if start_folder is None else _folder_hash(start_folder),
+        "model": folder_hashes(model_folder),
+        "start": None if start_folder is None else folder_hashes(start_folder),
     }
-
-
-def _folder_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()

@@ -4,7 +4,6 @@ Everything is computed from the recorded samples; preference accuracies, measure
 beside them. What is not known is null in the JSON and "–" in the tables.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rsa_lightning.checkpoint import write_json, write_text
 from rsa_lightning.evaluation import tail, wording
 from rsa_lightning.evaluation.samples import Sample, read_samples
 
@@ -86,7 +86,7 @@ def write_report(
         figures.require_matplotlib()
     samples = {model.name: _read(model) for model in models}
     found = {"models": [_model_results(model, samples[model.name], resamples, seed) for model in models]}
-    write_atomically(run_dir / "results.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+    write_json(run_dir / "results.json", found)
     pictures: list[tuple[str, str]] = []
     if draw_figures:
         if metrics is None:
@@ -97,7 +97,7 @@ def write_report(
     text = wording.report(found, changes(models, samples, resamples, seed), further, pictures)
     if show_examples:
         text += "\n" + wording.examples(_examples(samples))
-    write_atomically(run_dir / "report.md", text)
+    write_text(run_dir / "report.md", text)
     return found
 
 
@@ -163,13 +163,6 @@ def further_figures(samples: Sequence[Sample]) -> dict[str, float] | None:
         "unsafe_upper": tail.clopper_pearson_upper(int((costs > 0).sum()), len(costs)),
         "cantelli_0.95": tail.cantelli_bound(costs, 0.95).item(),
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _model_results(model: ModelRecord, samples: Sequence[Sample], resamples: int, seed: int) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rsa_lightning.checkpoint import write_text
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +73,7 @@ def read_samples(path: Path | str) -> list[Sample]:
 
 def write_samples(path: Path | str, samples: Iterable[Sample]) -> None:
     """Replace the file in one step: a reader, or a crash, sees the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(map(to_line, samples))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(Path(path), "".join(map(to_line, samples)))
 
 
 def resume_partial(partial: Path, header: dict[str, Any], chunk: int) -> int:
@@ -92,22 +87,16 @@ def resume_partial(partial: Path, header: dict[str, Any], chunk: int) -> int:
         partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return 0
     complete = len(found) // chunk * chunk
-    temporary = partial.with_name(partial.name + ".tmp")
-    temporary.write_text(json.dumps(header) + "\n" + "".join(found[:complete]), encoding="utf-8")
-    temporary.replace(partial)
+    write_text(partial, json.dumps(header) + "\n" + "".join(found[:complete]))
     log.info("continuing %s after %d samples", partial, complete)
     return complete
 
 
 def publish(partial: Path, path: Path) -> None:
     """Drop the header and move the samples to their final name in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    with partial.open(encoding="utf-8") as source, temporary.open("w", encoding="utf-8") as target:
-        next(source)
-        target.writelines(source)
-        target.flush()
-        os.fsync(target.fileno())
-    temporary.replace(path)
+    with partial.open(encoding="utf-8") as lines:
+        next(lines)
+        write_text(path, "".join(lines))
     partial.unlink()
 
 

@@ -43,16 +43,22 @@ def load_scorer(name: str) -> Scorer:
     return scorer
 
 
-def score(path: Path | str, scorer: Scorer | str | None, *, save_every: int = 1000) -> Scoring:
+def score(path: Path | str, scorer: Scorer | str | None, *, afresh: bool = False, save_every: int = 1000) -> Scoring:
     """Score the answers of a samples file that lack a reward or a cost, and replace the file.
 
     The file is rewritten every `save_every` answers, so that a rerun asks a slow scorer only about the rest; answers
     whose score failed are asked about again. Without a scorer the file is left as it is.
 
+    Args:
+        afresh: forget the scores there are: they are another scorer's.
+
     Raises:
         ScoreError: the scorer does not exist, or failed on each of the answers it was given.
     """
     samples = read_samples(path)
+    if afresh:
+        samples = [replace(sample, reward=None, cost=None) for sample in samples]
+        write_samples(path, samples)
     waiting = [i for i, sample in enumerate(samples) if sample.reward is None or sample.cost is None]
     if scorer is None:
         return Scoring(0, len(samples) - len(waiting), len(waiting))
@@ -79,9 +85,7 @@ def _scored(sample: Sample, scorer: Scorer) -> tuple[Sample, str]:
     place = f"prompt {sample.prompt_id}, sample {sample.sample_id}"
     try:
         reward, cost = scorer(sample.prompt, sample.text)
-    except (
-        Exception
-    ) as error:  # a scorer is the user's code, often a judge over a network: any failure means "no score here"
+    except Exception as error:  # the user's code, often a judge over a network: any failure means "no score here"
         return sample, f"{place}: {type(error).__name__}: {error}"
     numbers: dict[str, Any] = {"reward": _finite(reward), "cost": _finite(cost)}
     missing = [f"{name} {value!r}" for name, value in (("reward", reward), ("cost", cost)) if numbers[name] is None]

@@ -1,0 +1,184 @@
+"""The second half of `rsa align`: every step's model answers, is scored, judges pairs, and the report is written."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rsa_kernels import CVaR, RiskMeasure
+
+from rsa_lightning.checkpoint import folder_hashes, key_of, write_json
+from rsa_lightning.data.datamodule import PreferenceData
+from rsa_lightning.data.formats import FormatError
+from rsa_lightning.data.readers import read_rows
+from rsa_lightning.data.tokenize import pad_id
+from rsa_lightning.evaluation.figures import require_matplotlib
+from rsa_lightning.evaluation.generate import check_prompts, generate
+from rsa_lightning.evaluation.preference import Split, judge
+from rsa_lightning.evaluation.report import ModelRecord, print_results, write_report
+from rsa_lightning.evaluation.score import load_scorer, score
+from rsa_lightning.manifest import Manifest
+from rsa_lightning.plan import AlignConfig
+from rsa_lightning.stages import AlignmentStage
+
+
+class Assessment:
+    """Answers, scores and judgements of a run's models, each kept until something it depends on changes.
+
+    Raises:
+        ValueError, ImportError: a scorer that cannot be found, or figures without matplotlib.
+    """
+
+    def __init__(self, config: AlignConfig, folder: Path, manifest: Manifest, console: Console) -> None:
+        self.config, self.folder, self.manifest, self.console = config, folder, manifest, console
+        self.wanted = config.evaluation
+        if self.wanted.figures:
+            require_matplotlib()
+        if self.wanted.scorer:
+            load_scorer(self.wanted.scorer)
+
+    def prepare(
+        self,
+        criteria: Mapping[str, PreferenceData],
+        prompts: Path | None,
+        base: str,
+        alignments: Sequence[AlignmentStage],
+    ) -> None:
+        """Reads the prompts and checks them against the base model, so that nothing is trained in vain.
+
+        Args:
+            criteria: the data of every criterion, set up.
+            prompts: a file of rows {prompt_id, prompt}; without one, held-out prompts are taken.
+            alignments: the stages to come; judgements report the risk measure of the last.
+        """
+        self.criteria = criteria
+        self.risk: RiskMeasure = alignments[-1].risk if alignments else CVaR()
+        lengths = {data.lengths.max_prompt_length for data in criteria.values()} or {
+            self.wanted.sampling.max_prompt_length
+        }
+        self.sampling = dataclasses.replace(self.wanted.sampling, max_prompt_length=max(lengths))
+        self.prompts = read_prompts(prompts) if prompts else held_out_prompts(criteria, self.wanted.prompts)
+        check_prompts(base, self.prompts, self.sampling)
+
+    def run(self, models: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+        """Writes results.json, report.md and the figures; `models` is step -> (start's name, origin's folder)."""
+        records = [self._assess(name, start, origin) for name, (start, origin) in models.items()]
+        found = write_report(
+            self.folder,
+            records,
+            show_examples=self.wanted.show_examples,
+            draw_figures=self.wanted.figures,
+            resamples=self.wanted.resamples,
+            seed=self.config.seed,
+        )
+        print_results(found, self.console)
+        self.console.print(f"report: {self.folder / 'report.md'}", soft_wrap=True)
+        return found
+
+    def _assess(self, name: str, start: str, origin: str) -> ModelRecord:
+        folder = self.folder / name
+        weights = {"model": folder_hashes(folder / "model"), "origin": folder_hashes(origin)}
+        self._answer(name, folder, origin, weights)
+        preference = self._judge(name, folder, origin, weights)
+        known = start if start in self.config.steps else None
+        return ModelRecord(name, folder / "samples.jsonl", start=known, preference=preference or None)
+
+    def _answer(self, name: str, folder: Path, origin: str, weights: Mapping[str, Any]) -> None:
+        """samples.jsonl: drawn again when weights, prompts or sampling changed, scored again when the scorer did."""
+        path = folder / "samples.jsonl"
+        drawn = key_of({**weights, "prompts": self.prompts, "sampling": dataclasses.asdict(self.sampling)})
+        if not path.exists() or self._kept(name, "samples") != drawn:
+            count = len(self.prompts) * self.sampling.samples_per_prompt
+            self.console.print(f"[bold]{name}[/]: {count} answers are sampled")
+            generate(
+                folder / "model", self.prompts, path, start_folder=origin, sampling=self.sampling, device=_device()
+            )
+            self._keep(name, samples=drawn, scores=None)
+        scores = key_of({"samples": drawn, "scorer": self.wanted.scorer})
+        if self._kept(name, "scores") != scores:
+            begun = self._kept(name, "scoring") == scores  # an interrupted scoring goes on where it was
+            self._keep(name, scoring=scores, scores=None)
+            score(path, self.wanted.scorer, afresh=not begun)
+            self._keep(name, scores=scores)
+
+    def _judge(self, name: str, folder: Path, origin: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """preference.json: held-out and training pairs of every criterion, relative to the origin."""
+        path, wanted = folder / "preference.json", self.wanted
+        data = {
+            criterion: [module.report["sha256"], module.state_dict()] for criterion, module in self.criteria.items()
+        }
+        asked = {
+            "pairs": wanted.pairs,
+            "resamples": wanted.resamples,
+            "risk": repr(self.risk),
+            "seed": self.config.seed,
+        }
+        key = key_of({**weights, "data": [[list(sha.values()), state] for sha, state in data.values()], **asked})
+        if not path.exists() or self._kept(name, "preference") != key:
+            found: dict[str, Any] = {}
+            if wanted.pairs and self.criteria:
+                found = judge(
+                    folder / "model",
+                    origin,
+                    {criterion: _splits(module, wanted.pairs) for criterion, module in self.criteria.items()},
+                    pad_id=pad_id(next(iter(self.criteria.values())).tokenizer),
+                    risk=self.risk,
+                    resamples=wanted.resamples,
+                    seed=self.config.seed,
+                    device=_device(),
+                )
+            write_json(path, found)
+            self._keep(name, preference=key)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _kept(self, name: str, what: str) -> str | None:
+        return self.manifest.section("evaluations").get(name, {}).get(what)
+
+    def _keep(self, name: str, **keys: str | None) -> None:
+        kept = {**self.manifest.section("evaluations").get(name, {}), **keys}
+        self.manifest.put("evaluations", name, {what: key for what, key in kept.items() if key is not None})
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """Prompt id -> prompt, from rows {prompt_id, prompt}.
+
+    Raises:
+        FormatError: a row without these two texts, or an id that occurs twice; named by file and row.
+    """
+    found: dict[str, str] = {}
+    for number, row in read_rows(path):
+        for column in ("prompt_id", "prompt"):
+            if not isinstance(row.get(column), str):
+                raise FormatError(f"{path}, row {number}: column {column!r} must be text, got {row.get(column)!r}")
+        name = str(row["prompt_id"])
+        if name in found:
+            raise FormatError(f"{path}, row {number}: the prompt_id {name!r} occurs twice: ids must differ")
+        found[name] = str(row["prompt"])
+    return found
+
+
+def held_out_prompts(criteria: Mapping[str, PreferenceData], count: int) -> dict[str, str]:
+    """Up to `count` different prompts of the validation splits, spread evenly over all of them."""
+    named = {
+        pair.prompt: f"{criterion}/{pair.row_id}"
+        for criterion, data in criteria.items()
+        for pair in data.validation_pairs
+    }
+    places = [i * len(named) // min(count, len(named)) for i in range(min(count, len(named)))]
+    listed = list(named.items())
+    return {listed[i][1]: listed[i][0] for i in places}
+
+
+def _splits(data: PreferenceData, pairs: int) -> dict[str, Split]:
+    """The first `pairs` held-out pairs, and as many training pairs."""
+    return {
+        "held_out": Split([pair.prompt for pair in data.validation_pairs[:pairs]], data.validation_examples[:pairs]),
+        "training": Split([pair.prompt for pair in data.train_pairs[:pairs]], data.train_examples[:pairs]),
+    }
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
