@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
             FitCLI(arguments)
             return 0
         raise ValueError(f"unknown command {command!r}: choose align, fit, validate or test")
+    except KeyboardInterrupt:
+        print("rsa: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
     except Exception as error:
         if not _is_user_error(error):
             raise
@@ -82,7 +85,9 @@ def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
 
 
 def _is_user_error(error: Exception) -> bool:
-    """Whether one of our own modules (or the parser) raised it with a message for the user, rather than a bug."""
+    """Whether our own modules or the parser raised it with a message for the user, or a file cannot be used."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
     deepest = list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", "")
     ours = deepest.split(".")[0] in ("rsa_lightning", "rsa_kernels", "jsonargparse")
     return ours and isinstance(

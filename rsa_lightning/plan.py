@@ -201,9 +201,7 @@ def sources_of(step: StepConfig, data: AlignData) -> tuple[tuple[str, ...], dict
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     _check_options(options, "data")
     if "demonstrations" in names and len(names) > 1:
-        raise ValueError(
-            "data: demonstrations have another format than pairs and cannot be mixed with them in one step"
-        )
+        raise ValueError("data: demonstrations have another format than pairs: give them a step of their own")
     for name in names or SOURCES[1:]:
         if name not in SOURCES:
             raise ValueError(f"data: there is no source {name!r}; the sources are {', '.join(SOURCES)}")

@@ -220,6 +220,23 @@ def test_align_mistakes_are_one_line(extra, expected, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_files_that_cannot_be_used_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    status, message = rsa("align", "-c", QUICKSTART, "--output", tmp_path / "file/run", capsys=capsys)
+    assert status == 1
+    assert "Traceback" not in message
+    assert str(tmp_path / "file/run") in message.splitlines()[-1]
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rsa_lightning.pipeline.align", interrupted)
+    status, message = rsa("align", "-c", QUICKSTART, "--output", tmp_path / "run", capsys=capsys)
+    assert (status, message) == (130, "rsa: interrupted; the same command continues where it stopped")
+
+
 def test_print_config_shows_the_merged_layers(capsys):
     assert main(["align", "-c", QUICKSTART, "--print_config", "--lam", "7"]) == 0
     assert "lam: 7" in capsys.readouterr().out

@@ -44,6 +44,12 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="list.yaml must be a mapping of keys, got list"):
         load_layers([tmp_path / "list.yaml"])
+    (tmp_path / "latin.yaml").write_bytes("a: \xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.yaml is not UTF-8 \(byte 3\)"):
+        load_layers([tmp_path / "latin.yaml"])
+    (tmp_path / "twice.yaml").write_text("a: 1\nb: {c: 1, d: 2, c: 3}\n")
+    with pytest.raises(ValueError, match="line 2: the key c is written twice"):
+        load_layers([tmp_path / "twice.yaml"])
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match="broken.yaml is not valid YAML: .* line 2"):
         load_layers([tmp_path / "broken.yaml"])

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from rsa_lightning.assess import read_prompts
 from rsa_lightning.config import merge
 from rsa_lightning.pipeline import align
 
@@ -158,6 +159,142 @@ def test_an_interrupted_step_runs_again(copy):
     _, printed = run(STORIES, copy)
     assert "reward: reused" in printed
     assert "safety: runs;" in printed
+
+
+def test_only_what_changed_is_done_again_in_evaluation(copy):
+    """Another presentation changes nothing; another scorer scores the same answers; other sampling draws new ones."""
+    answers = (copy / "safety/samples.jsonl").read_text()
+    _, printed = run(STORIES, copy, evaluation={"show_examples": True, "resamples": 10})
+    assert "sampled" not in printed
+    found, printed = run(
+        STORIES, copy, evaluation={"scorer": None}, steps={"safety": {"trainer": {"log_every_n_steps": 5}}}
+    )
+    assert "sampled" not in printed
+    assert printed.count("reused") == 3
+    assert found["models"][2]["reward_mean"] is None
+    run(STORIES, copy)
+    assert (copy / "safety/samples.jsonl").read_text() == answers
+    _, printed = run(STORIES, copy, evaluation={"sampling": {"seed": 1}})
+    assert printed.count("sampled") == 3
+
+
+def test_an_interrupted_scoring_goes_on_with_the_same_answers(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    key = manifest["evaluations"]["safety"].pop("scores")
+    manifest["evaluations"]["safety"]["scoring"] = key
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    path = copy / "safety/samples.jsonl"
+    before = [json.loads(line) for line in path.open()]
+    half = [row | ({"reward": None, "cost": None} if i % 2 else {}) for i, row in enumerate(before)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in half))
+    _, printed = run(STORIES, copy)
+    assert "sampled" not in printed
+    assert [json.loads(line) for line in path.open()] == before
+
+
+def test_stale_results_do_not_stand_beside_a_new_model(copy, monkeypatch):
+    monkeypatch.setattr("rsa_lightning.pipeline._fit", lambda cli, data: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(STORIES, copy, steps={"safety": {"loss": "DPO"}})
+    assert not (copy / "results.json").exists()
+    assert not list(copy.glob("*.png"))
+    assert "safety" not in json.loads((copy / "manifest.json").read_text())["steps"]
+
+
+def test_a_fresh_base_model_is_the_origin_when_alignment_comes_first(tmp_path):
+    fast = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}}
+    found, _ = run(STORIES, tmp_path / "run", steps={"warmup": None, "safety": None, "reward": fast})
+    [reward] = found["models"]
+    assert reward["kl_to_start"] > 0
+    assert reward["preference"]["helpful"]["training"]["margin"] != 0
+
+
+def test_base_is_a_reference_of_its_own(copy):
+    """Started from the reward model, near the base: the agreement check must see two different models."""
+    with pytest.raises(ValueError, match="policy and reference differ before the first update"):
+        run(
+            STORIES,
+            copy,
+            steps={
+                "safety": {"reference": "base"},
+                "reward": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 3.0}}},
+            },
+        )
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    steps = {
+        "reward": {
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e42}},
+            "trainer": {"max_steps": 1},
+        }
+    }
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        run(STORIES, tmp_path / "run", steps=steps)
+    assert "reward" not in json.loads((tmp_path / "run/manifest.json").read_text())["steps"]
+
+
+def test_a_start_with_another_vocabulary_is_refused(finished, tiny_llama, tmp_path):
+    config = {**STORIES, "model": {"config": TINY, "tokenizer": str(finished[0] / "inputs/tokenizer")}}
+    with pytest.raises(ValueError, match="vocabulary mismatch: the model in .* has another tokenizer than this run"):
+        run(config, tmp_path / "run", steps={"warmup": {"start": str(tiny_llama)}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation": {"sampling": {"max_new_tokens": 5000}}}, "exceed the model's 2048 positions"),
+        (
+            {"data": {"options": {"batch_size": 4, "max_length": 96, "validation_fraction": 1e-9}}},
+            "no pair is left for validation",
+        ),
+    ],
+)
+def test_what_evaluation_and_data_cannot_do_is_said_before_training(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(STORIES, tmp_path / "run", **changes)
+    assert "steps" not in json.loads((tmp_path / "run/manifest.json").read_text())
+
+
+def test_prompt_ids_tell_the_files_apart(tmp_path):
+    """Both files are called pairs.jsonl; no prompt gets lost."""
+    for name in ("h", "s"):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"{name} {i}?", "chosen": f" yes {i}", "rejected": f" no {i} no"} for i in range(60)]
+        (tmp_path / name / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "helpful": str(tmp_path / "h/pairs.jsonl"),
+        "safety": str(tmp_path / "s/pairs.jsonl"),
+        "options": {"tokenizer_vocab_size": 300, "max_length": 64, "batch_size": 4, "validation_fraction": 0.4},
+    }
+    config = {
+        "model": {"config": TINY},
+        "data": data,
+        "trainer": FAST,
+        "evaluation": {**SMALL_EVALUATION, "prompts": 30},
+        "steps": {"reward": {"kind": "reward"}, "safety": {"kind": "safety"}},
+    }
+    run(config, tmp_path / "run")
+    ids = {json.loads(line)["prompt_id"] for line in (tmp_path / "run/safety/samples.jsonl").open()}
+    assert len(ids) == 30
+    assert {name.split("/")[0] for name in ids} == {"helpful", "safety"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": 1}], "row 1: column 'prompt_id' must be text"),
+        (
+            [{"prompt_id": "a", "prompt": "x"}, {"prompt_id": "a", "prompt": "y"}],
+            "row 2: the prompt_id 'a' occurs twice",
+        ),
+    ],
+)
+def test_bad_prompt_files_are_named_by_row(rows, message, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        read_prompts(path)
 
 
 def test_safety_first_and_a_reference_of_ones_own(finished, tmp_path):

@@ -89,6 +89,41 @@ MISTAKES = {
     "no kind": ({"steps": {"a": {}}}, r"steps.a: .*required: kind"),
     "no steps": ({"steps": {}}, "steps: give at least one"),
     "steps of the wrong type": ({"steps": [1]}, "steps must be a mapping"),
+    "empty name": ({"steps": {"": {"kind": "warmup"}}}, "steps: '' is no name for a step"),
+    "name with a path": (
+        {"steps": {"../x": {"kind": "warmup"}}},
+        "is no name for a step: use letters, digits, _ and -",
+    ),
+    "number as name": ({"steps": {1: {"kind": "warmup"}}}, "steps: 1 is no name for a step"),
+    "names alike": ({"steps": {"a": {"kind": "warmup"}, "A": {"kind": "reward"}}}, "steps.A: this name is taken"),
+    "trainer of the wrong type": (
+        {"steps": {"a": {"kind": "reward", "trainer": "x"}}},
+        "steps.a.trainer must be a mapping, got 'x'",
+    ),
+    "data of the wrong type": (
+        {"steps": {"a": {"kind": "reward", "data": 5}}},
+        "steps.a.data must be a name or a list or a mapping, got 5",
+    ),
+    "loss of the wrong type": (
+        {"steps": {"a": {"kind": "reward", "loss": 5}}},
+        "steps.a.loss must be a name or a mapping, got 5",
+    ),
+    "tokenizer in options": (
+        {"data": {"stories": {}, "options": {"tokenizer": "x"}}, "steps": {"a": {"kind": "reward"}}},
+        "data.options.tokenizer is set by the run: use model.tokenizer",
+    ),
+    "no samples": (
+        {"evaluation": {"sampling": {"samples_per_prompt": 0}}, "steps": {"a": {"kind": "reward"}}},
+        "sampling.samples_per_prompt must be at least 1, got 0",
+    ),
+    "no resamples": (
+        {"evaluation": {"resamples": 0}, "steps": {"a": {"kind": "reward"}}},
+        "evaluation.resamples must be at least 1, got 0",
+    ),
+    "no prompts": (
+        {"evaluation": {"prompts": 0}, "steps": {"a": {"kind": "reward"}}},
+        "evaluation.prompts must be at least 2, got 0",
+    ),
     "later start": (
         {"steps": {"a": {"kind": "reward", "start": "b"}, "b": {"kind": "safety"}}},
         r"steps.a.start is 'b': it comes later",
@@ -114,6 +149,16 @@ def test_mistakes_are_named(name):
     given, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message):
         read_config({"model": MODEL, "data": {"stories": {}}} | given)
+
+
+def test_null_removes_a_step_of_a_lower_layer():
+    assert list(config({"a": {"kind": "warmup"}, "b": None, "c": {"kind": "safety"}}).steps) == ["a", "c"]
+
+
+def test_demonstrations_are_not_mixed_with_pairs():
+    parsed = config({"a": {"kind": "warmup", "data": ["demonstrations", "helpful"]}})
+    with pytest.raises(ValueError, match="give them a step of their own"):
+        sources_of(parsed.steps["a"], parsed.data)
 
 
 def test_a_missing_source_names_the_option():
