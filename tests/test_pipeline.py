@@ -225,7 +225,7 @@ def test_base_is_a_reference_of_its_own(copy):
 def test_weights_that_are_not_finite_are_not_kept(tmp_path):
     steps = {
         "reward": {
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e42}},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 3e38, "weight_decay": 1000.0}},
             "trainer": {"max_steps": 1},
         }
     }
