@@ -112,18 +112,28 @@ def test_offset_asks_for_a_larger_margin():
 
 
 def test_ipo_by_hand():
-    """(h - 1/(2 beta))^2 with beta 0.25: (3 - 2)^2 and (-2 - 2)^2; an offset of 0.5 moves h by 2."""
-    assert IPO(beta=0.25)(CHOSEN, REJECTED).losses.tolist() == [1.0, 16.0]
+    """(h - 1/(2 beta))^2 with beta 0.25: (3 - 2)^2 and (-2 - 2)^2; an offset of 0.5 moves h by 2. Rewards are beta lr."""
+    terms = IPO(beta=0.25)(CHOSEN, REJECTED)
+    assert terms.losses.tolist() == [1.0, 16.0]
+    assert terms.chosen_rewards.tolist() == [0.5, -0.25]
+    assert terms.rejected_rewards.tolist() == [-0.25, 0.25]
     assert IPO(beta=0.25)(CHOSEN, REJECTED, offset=torch.full((2,), 0.5)).losses.tolist() == [1.0, 36.0]
     assert IPO(beta=0.25)(CHOSEN, REJECTED, target=torch.tensor([0.0, 0.5])).losses.tolist() == [25.0, 8.0]
 
 
 def test_kto_by_hand():
-    """z0 = 0.5: desirable 1 - s(0.4 (2 - 0.5)), undesirable 2 (1 - s(0.4 (0.5 - -1))); counts may differ."""
+    """z0 = 0.5: desirable 1.5 (1 - s(0.4 (2 - 0.5))), undesirable 2 (1 - s(0.4 (0.5 - -1))); counts may differ.
+
+    Rewards are beta lr, without weight and without z0.
+    """
     chosen, rejected = stats([2.0, -1.0], baseline=0.5), stats([-1.0])
-    terms = KTO(beta=0.4, undesirable_weight=2.0)(chosen, rejected)
+    terms = KTO(beta=0.4, desirable_weight=1.5, undesirable_weight=2.0)(chosen, rejected)
     sigmoid = lambda v: 1 / (1 + math.exp(-v))
-    assert terms.losses.tolist() == pytest.approx([1 - sigmoid(0.6), 1 - sigmoid(-0.6), 2 * (1 - sigmoid(0.6))])
+    assert terms.losses.tolist() == pytest.approx(
+        [1.5 * (1 - sigmoid(0.6)), 1.5 * (1 - sigmoid(-0.6)), 2 * (1 - sigmoid(0.6))]
+    )
+    assert terms.chosen_rewards.tolist() == pytest.approx([0.8, -0.4])
+    assert terms.rejected_rewards.tolist() == pytest.approx([-0.4])
 
 
 def test_kto_baseline_is_clamped_at_zero_and_carries_no_gradient():

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from rsa_kernels import CVaR
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsa_lightning.data.formats import PreferencePair
 from rsa_lightning.data.tokenize import Lengths, collate, encode_pair, pad_id
-from rsa_lightning.models import Policy, PolicySpec, load_policy, save_policy
+from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy, save_policy
 from rsa_lightning.reference import FrozenCopy
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -28,6 +28,7 @@ FAMILIES = {
         "num_attention_heads": 4,
         "word_embed_proj_dim": 32,
     },
+    "phi": TINY,  # its head has a bias
 }
 PAIRS = [
     PreferencePair("How do I keep bread fresh?", " Wrap it in a cloth.", " No answer is better, said the owl."),
@@ -45,25 +46,69 @@ def make_batch(tokenizer, padding_side="right"):
     return collate(examples, roles=("chosen", "rejected"), pad_id=pad_id(tokenizer), padding_side=padding_side)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_label_log_probs_are_those_of_transformers(family, tiny_tokenizer, tmp_path):
+def fresh_policy(family, tokenizer):
+    """Large weights, and none of them zero: fresh biases are, and a zero bias could be dropped unseen."""
+    policy = load_policy(PolicySpec(config={"model_type": family, **FAMILIES[family]}, seed=3), tokenizer).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def log_probs_of_transformers(folder, batch):
     """Every row alone, without padding, through the model's own logits."""
-    spec = PolicySpec(config={"model_type": family, "initializer_range": 0.2, **FAMILIES[family]}, seed=3)
-    if "initializer_range" not in AutoConfig.for_model(family).to_dict():
-        spec.config.pop("initializer_range")
-    policy = load_policy(spec, tiny_tokenizer).eval()
-    save_policy(policy, tiny_tokenizer, tmp_path / "model")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    batch = make_batch(tiny_tokenizer)
-    got = policy(batch, None, None).logp
-    expected = []
-    for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    packed = []
+    for row, mask, n in zip(batch["input_ids"], batch["attention_mask"], batch["cu_seqlens"].diff(), strict=True):
         ids = row[mask.bool()][None]
-        log_probs = plain(ids).logits.float().log_softmax(-1)[0, :-1]
-        expected.append(log_probs.gather(1, ids[0, 1:, None])[:, 0])
-    lengths = batch["cu_seqlens"].diff()
-    expected = torch.cat([row[-n:] for row, n in zip(expected, lengths, strict=True)])
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+        log_probs = plain(ids).logits.detach().log_softmax(-1)[0, :-1]
+        packed.append(log_probs.gather(1, ids[0, 1:, None])[-n:, 0])
+    return torch.cat(packed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_label_log_probs_are_those_of_transformers(family, tiny_tokenizer, tmp_path, batch):
+    policy = fresh_policy(family, tiny_tokenizer)
+    save_policy(policy, tiny_tokenizer, tmp_path / "model")
+    expected = log_probs_of_transformers(tmp_path / "model", batch)
+    torch.testing.assert_close(policy(batch, None, None).logp, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi"])
+def test_a_reference_keeps_the_soft_cap_the_scale_and_the_bias_of_its_head(family, tiny_tokenizer, tmp_path, batch):
+    """A copy, a folder, or the policy's own head: all are at distance zero, and give the log-probs of transformers."""
+    policy = fresh_policy(family, tiny_tokenizer)
+    head = policy.head
+    assert head.softcap is not None or head.scale != 1 or head.bias.abs().max() > 0.1
+    save_policy(policy, tiny_tokenizer, tmp_path / "model")
+    expected = log_probs_of_transformers(tmp_path / "model", batch)
+    copied, loaded = FrozenCopy(), FrozenCopy(str(tmp_path / "model"))
+    for reference in (copied, loaded):
+        reference.prepare(policy)
+    own = ReferenceStates(policy.states(batch).detach(), weight=None)
+    for states in (copied.states(batch), loaded.states(batch), own):
+        stats = policy(batch, states, CVaR(0.3))
+        assert stats.logratio.abs().max() < 1e-6
+        assert stats.risk.abs().max() < 1e-5
+        torch.testing.assert_close(stats.ref_logp, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi"])
+def test_policy_and_reference_each_read_their_own_head(family, tiny_tokenizer, tmp_path, batch):
+    """A plain Llama near each of the others as reference, and the other way round."""
+    plain, other = fresh_policy("llama", tiny_tokenizer), fresh_policy(family, tiny_tokenizer)
+    expected = []
+    for policy in (plain, other):
+        save_policy(policy, tiny_tokenizer, tmp_path / "model")
+        expected.append(log_probs_of_transformers(tmp_path / "model", batch))
+    assert (expected[0] - expected[1]).abs().max() > 1
+    for policy, frozen, logp, ref_logp in ((plain, other, *expected), (other, plain, *reversed(expected))):
+        reference = FrozenCopy()
+        reference.prepare(frozen)
+        stats = policy(batch, reference.states(batch), CVaR(0.3))
+        torch.testing.assert_close(stats.logp, logp, rtol=0, atol=2e-5)
+        torch.testing.assert_close(stats.ref_logp, ref_logp, rtol=0, atol=2e-5)
 
 
 def test_padding_side_changes_no_statistic(tiny_llama, tiny_tokenizer):
@@ -158,9 +203,7 @@ def test_damaged_and_incomplete_weights_are_refused(tmp_path, tiny_llama):
     tensors = load_file(weights)
     del tensors["lm_head.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"lacks 1 of the model's weights \(first: lm_head.weight\): they would be random"
-    ):
+    with pytest.raises(ValueError, match=r"headless lacks .*weights \(.*first: lm_head.weight\)"):
         load_policy(PolicySpec(model=str(tmp_path / "headless")))
 
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+from itertools import pairwise
+from statistics import fmean
 
 import lightning as L
 import pytest
@@ -10,14 +13,21 @@ from rsa_kernels import KL, CVaR
 
 from rsa_lightning.callbacks import ModelExport
 from rsa_lightning.data.datamodule import PreferenceData
+from rsa_lightning.data.formats import PreferencePair
+from rsa_lightning.data.tokenize import ROLES, Lengths, collate, encode_pair, pad_id
 from rsa_lightning.losses import DPO, KTO, RSA, TDPO
-from rsa_lightning.models import PolicySpec
+from rsa_lightning.models import PolicySpec, save_policy
 from rsa_lightning.optim import Schedule
 from rsa_lightning.reference import FrozenCopy
 from rsa_lightning.stages import RewardAlignment, SafetyAlignment
 from rsa_lightning.supervised import SupervisedWarmup
 
 WORDS = "fox owl river bread cloth place answer human cool dry old safe sleep cross".split()
+PAIRS = [
+    PreferencePair("How do I keep bread fresh?", " Wrap it in a cloth.", " No answer, said the owl.", 0.3, 0.5),
+    PreferencePair("Who?", " The fox asked the old owl whether the river was safe.", " Assistant"),
+    PreferencePair("Is it dry?", " Cool.", " It is better than a dangerous one, said the fox.", 0.8, -0.25),
+]
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +78,33 @@ def weights(module):
     return {name: parameter.detach().clone() for name, parameter in module.policy.named_parameters()}
 
 
+def _configured(module, tmp_path):
+    module.trainer = trainer(tmp_path)
+    module.configure_model()
+    return module
+
+
+def _assert_same_step(start, one, other):
+    moved = max((one[name] - start[name]).abs().max() for name in start)
+    apart = max((one[name] - other[name]).abs().max() for name in start)
+    assert moved > 1e-3
+    assert apart < 1e-5 * moved + 1e-6
+
+
+def make_batch(tokenizer, pairs, roles=ROLES[:2]):
+    examples = [encode_pair(tokenizer, pair, Lengths(64, 32)) for pair in pairs]
+    return collate(examples, roles=roles, pad_id=pad_id(tokenizer))
+
+
+def by_row(token_values, batch):
+    """One list of floats per row of the batch."""
+    return [token_values[start:end].tolist() for start, end in pairwise(batch["cu_seqlens"].tolist())]
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
 def test_a_stage_starts_at_log_two_with_zero_risk(tiny_llama, pairs_file, tmp_path):
     module, run = stage(tiny_llama, risk=CVaR(0.3)), trainer(tmp_path, limit_val_batches=1.0)
     run.validate(module, data(pairs_file), verbose=False)
@@ -80,6 +117,44 @@ def test_a_stage_starts_at_log_two_with_zero_risk(tiny_llama, pairs_file, tmp_pa
     assert found["val/rewards/accuracies"] == 0.5
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_step_by_hand(split, tiny_llama, tiny_tokenizer, tmp_path):
+    """From the token statistics on, in Python floats, with a discount, soft targets and offsets.
+
+    SRR = sum_t 0.8^t rho_t,  h = lr_w - lr_l - 0.25 (SRR_l - SRR_w),  z = 0.5 h - o,
+    loss = t softplus(-z) + (1 - t) softplus(z).
+    """
+    module = stage(tiny_llama, loss=RSA(beta=0.5, risk_weight=0.25), risk=CVaR(0.3), discount=0.8)
+    _configured(module, tmp_path)
+    with torch.no_grad():  # the policy has left its reference
+        for parameter in module.policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    batch, targets, offsets = make_batch(tiny_tokenizer, PAIRS), [0.3, 1.0, 0.8], [0.5, 0.0, -0.25]
+    with torch.no_grad():
+        tokens = module.policy(batch, module.reference.states(batch), CVaR(0.3), impl="naive")
+    logps, kls = ([sum(row) for row in by_row(values, batch)] for values in (tokens.logp, tokens.kl))
+    logratios = [sum(row) for row in by_row(tokens.logp - tokens.ref_logp, batch)]
+    risks = [sum(0.8**t * value for t, value in enumerate(row)) for row in by_row(tokens.risk, batch)]
+    rewards = [0.5 * (lr + 0.25 * risk) for lr, risk in zip(logratios, risks, strict=True)]
+    margins = [chosen - rejected for chosen, rejected in zip(rewards[:3], rewards[3:], strict=True)]
+    losses = [
+        t * softplus(o - margin) + (1 - t) * softplus(margin - o)
+        for margin, t, o in zip(margins, targets, offsets, strict=True)
+    ]
+    expected = {
+        "loss": fmean(losses),
+        "rewards/margins": fmean(margins),
+        "rewards/accuracies": fmean(margin > 0 for margin in margins),
+    }
+    for name, values in {"rewards": rewards, "logps": logps, "kl": kls, "risk": risks}.items():
+        expected |= {f"{name}/chosen": fmean(values[:3]), f"{name}/rejected": fmean(values[3:])}
+        assert abs(expected[f"{name}/chosen"] - expected[f"{name}/rejected"]) > 0.05  # a swap would show
+    loss = module.shared_step(batch, split)
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-4)
+    found = {name: value.item() for name, value in module._means[split].read().items()}
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("loss", [RSA(beta=0.5), DPO(beta=0.5), TDPO(beta=0.5)])
 def test_micro_batches_make_the_same_step_as_one_batch(loss, tiny_llama, pairs_file, tmp_path):
     """8 x 1 and 1 x 8 accumulated: the same pairs, the same gradient, the same weights to rounding."""
@@ -89,25 +164,13 @@ def test_micro_batches_make_the_same_step_as_one_batch(loss, tiny_llama, pairs_f
         run = trainer(tmp_path, accumulate_grad_batches=accumulate, max_steps=2)
         run.fit(module, data(pairs_file, batch_size=size))
         after.append(weights(module))
-    start = weights(_configured(stage(tiny_llama, loss=loss, risk=KL()), tmp_path))
-    moved = max((after[0][name] - start[name]).abs().max() for name in start)
-    apart = max((after[0][name] - after[1][name]).abs().max() for name in start)
-    assert moved > 1e-3
-    assert apart < 1e-5 * moved + 1e-6
-
-
-def _configured(module, tmp_path):
-    module.trainer = trainer(tmp_path)
-    module.configure_model()
-    return module
+    _assert_same_step(weights(_configured(stage(tiny_llama, loss=loss, risk=KL()), tmp_path)), *after)
 
 
 def test_policy_and_reference_must_agree_before_the_first_update(tiny_llama, pairs_file, tmp_path, tiny_tokenizer):
     other = _configured(stage(tiny_llama), tmp_path)
     with torch.no_grad():
         other.policy.head.weight.mul_(1.1)
-    from rsa_lightning.models import save_policy
-
     save_policy(other.policy, tiny_tokenizer, tmp_path / "other")
     module = stage(tiny_llama, SafetyAlignment, reference=FrozenCopy(str(tmp_path / "other")))
     with pytest.raises(ValueError, match="policy and reference differ before the first update: max .* Likely causes"):
@@ -166,6 +229,72 @@ def test_kto_reads_the_mismatched_rows(tiny_llama, pairs_file, tmp_path):
     _, chosen, _ = module.sequence_stats(batches[0], None)
     assert chosen.baseline is not None
     assert chosen.baseline.ndim == 0
+
+
+def test_the_kto_baseline_is_the_mean_log_ratio_of_the_mismatched_rows(tiny_llama, tiny_tokenizer, tmp_path):
+    """In a policy that has moved towards them and away from the others, so that z0 = baseline > 0.
+
+    The loss of a step is the one worked by hand from it.
+    """
+    module = _configured(stage(tiny_llama, loss=KTO(beta=0.4, desirable_weight=1.5)), tmp_path)
+    pairs = [PreferencePair(pair.prompt, pair.chosen, pair.rejected) for pair in PAIRS]
+    batch = make_batch(tiny_tokenizer, pairs, ROLES)
+    towards = torch.where(batch["roles"] == 2, 1.0, -1.0).repeat_interleave(batch["cu_seqlens"].diff())
+    (towards * module.policy(batch, None, None).logp).sum().backward()
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.add_(0.002 * parameter.grad)
+        tokens = module.policy(batch, module.reference.states(batch), None, impl="naive")
+    logratios = [sum(row) for row in by_row(tokens.logratio, batch)]
+    chosen, rejected, mismatched = logratios[:3], logratios[3:6], logratios[6:]
+    z0 = fmean(mismatched)
+    assert z0 > 0.5
+    assert max(fmean(chosen), fmean(rejected)) < z0 - 0.5
+    assert module.sequence_stats(batch, None)[1].baseline.item() == pytest.approx(z0, rel=1e-4)
+    losses = [1.5 / (1 + math.exp(0.4 * (lr - z0))) for lr in chosen]
+    losses += [1 / (1 + math.exp(0.4 * (z0 - lr))) for lr in rejected]
+    assert module.shared_step(batch, "train").item() == pytest.approx(fmean(losses), rel=1e-4)
+    found = module._means["train"].read()
+    assert found["rewards/chosen"].item() == pytest.approx(0.4 * fmean(chosen), rel=1e-4)
+    assert found["rewards/rejected"].item() == pytest.approx(0.4 * fmean(rejected), rel=1e-4)
+
+
+def test_dropout_neither_moves_the_reference_nor_fails_the_agreement(tiny_llama, tiny_tokenizer, tmp_path):
+    """The check compares the models, not two draws of dropout, and leaves the policy training with it."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "dropout")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    module = _configured(stage(folder), tmp_path)
+    batch = make_batch(tiny_tokenizer, PAIRS)
+    draws = [module.policy.states(batch) for _ in range(2)]
+    assert (draws[0] - draws[1]).abs().max() > 0.1
+    module.check_agreement(batch)
+    assert all(part.training for part in module.policy.modules())
+    assert torch.equal(module.reference.states(batch).hidden, module.reference.states(batch).hidden)
+
+
+def test_micro_batches_of_a_warm_up_make_the_same_step_as_one_batch(tiny_llama, pairs_file, tmp_path):
+    """8 x 1 and 1 x 8 accumulated: responses are of uneven length, so a mean over tokens would make other steps."""
+    warm_up = lambda: SupervisedWarmup(PolicySpec(model=str(tiny_llama)), optimizer=lambda p: torch.optim.SGD(p, 0.02))
+    after = []
+    for size, accumulate in ((8, 1), (1, 8)):
+        module = warm_up()
+        run = trainer(tmp_path, accumulate_grad_batches=accumulate, max_steps=2)
+        run.fit(module, data(pairs_file, batch_size=size))
+        after.append(weights(module))
+    _assert_same_step(weights(_configured(warm_up(), tmp_path)), *after)
+
+
+def test_the_loss_of_a_warm_up_is_per_response_and_its_nll_per_token(tiny_llama, tiny_tokenizer, tmp_path):
+    module = _configured(SupervisedWarmup(PolicySpec(model=str(tiny_llama))), tmp_path)
+    batch = make_batch(tiny_tokenizer, PAIRS, ROLES[:1])
+    with torch.no_grad():
+        rows = by_row(-module.policy(batch, None, None, impl="naive").logp, batch)
+    assert len({len(row) for row in rows}) == 3  # uneven: neither mean follows from the other
+    assert module.shared_step(batch, "train").item() == pytest.approx(fmean(map(sum, rows)), rel=1e-5)
+    found = module._means["train"].read()
+    assert found["loss"].item() == pytest.approx(fmean(map(sum, rows)), rel=1e-5)
+    assert found["nll"].item() == pytest.approx(fmean(value for row in rows for value in row), rel=1e-5)
 
 
 def test_a_warm_up_learns_its_responses(tiny_llama, pairs_file, tmp_path):
@@ -229,7 +358,6 @@ def test_cosine_with_warm_up_reaches_zero(tiny_llama, pairs_file, tmp_path):
     """20 steps, half of them warm-up: the rate rises to its peak at step 10 and ends at 0."""
     module = stage(tiny_llama, schedule=Schedule(warmup=0.5))
     rates = []
-    module.on_train_batch_start_ = None
 
     class Record(L.Callback):
         def on_train_batch_end(self, trainer, module, *args):
