@@ -1,11 +1,14 @@
-"""The chunked path never holds N·V elements, in forward or in backward; the detector that says so can fail."""
+"""What the operators hold: never N·V elements (`linear_token_risk`) and no more than the workspace, or one gradient
+(`token_risk`). The detectors that say so can fail.
+"""
 
 from functools import wraps
 
 import pytest
 import torch
-from rsa_kernels import ERM, KL, CVaR, chunked, linear_token_risk
+from rsa_kernels import ERM, KL, CVaR, chunked, linear_token_risk, token_risk
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,13 +82,62 @@ def test_detector_trips_on_a_chunk_of_all_tokens(detector):
         run(detector, KL(), workspace_bytes=2**30)
 
 
-@pytest.mark.parametrize(("budget", "rows"), [(1, 1), (40 * 1000 * 10, 10), (40 * 1000 * 200, 192), (None, 1664)])
+@pytest.mark.parametrize(("budget", "rows"), [(1, 1), (48 * 1000 * 10, 10), (48 * 1000 * 200, 192), (None, 1344)])
 def test_chunk_follows_the_budget(budget, rows):
     pair = chunked.TORCH_ROWS
-    assert pair.bytes_per_logit == 40
+    assert pair.bytes_per_logit == 48
     assert chunked.chunk_rows(1000, torch.float32, torch.device("cpu"), budget, pair) == rows
 
 
 def test_backward_saves_no_more_than_five_numbers_per_token():
     for risk in (KL(), CVaR(0.5), ERM(5), None):
         assert chunked.RowOptions(risk, 1.0, 1.0, None, None, -100, False).saved_count <= 5
+
+
+def peak_bytes(call) -> int:
+    """Most bytes of tensors alive during the call beyond those alive before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("risk", [KL(), CVaR(0.97), ERM(5), None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("vocabulary", "count", "mib"), [(1000, 384, 8), (8000, 104, 8), (8000, 16, 1.25)])
+def test_workspace_is_a_bound(risk, dtype, vocabulary, count, mib):
+    """Several chunks; the last case has few rows in each, whose thresholds are found by sorting."""
+    budget, width = int(mib * 2**20), 4
+    accumulator = torch.promote_types(dtype, torch.float32)
+    leaves = [torch.randn(s, dtype=dtype, requires_grad=True) for s in ((count, width), (vocabulary, width))]
+    reference = torch.randn(count, width, dtype=dtype), torch.randn(vocabulary, width, dtype=dtype)
+    labels = torch.randint(0, vocabulary, (count,))
+
+    def forward():
+        options = {"softcap": 9.0, "ref_softcap": 9.0, "scale": 0.5, "entropy": True, "workspace_bytes": budget}
+        return linear_token_risk(*leaves, *reference, labels, risk, **options)
+
+    stats = forward()
+    loss = stats.logp.sum() if risk is None else (stats.logp + stats.risk + stats.kl).sum()
+    gradients = sum(t.numel() * t.element_size() for t in leaves)
+    if dtype == torch.bfloat16:
+        gradients += leaves[1].numel() * accumulator.itemsize  # the sum that is rounded to it
+    per_token = 256 * count
+    with torch.no_grad():
+        assert peak_bytes(forward) <= budget + per_token
+    assert peak_bytes(lambda: torch.autograd.grad(loss, leaves, retain_graph=True)) <= budget + gradients + per_token
+
+
+def test_gradient_is_the_only_tensor_of_that_size_from_logits(monkeypatch):
+    count, vocabulary = 512, 1000
+    z, r = (torch.randn(count, vocabulary, dtype=torch.bfloat16) for _ in range(2))
+    labels, size = torch.randint(0, vocabulary, (count,)), count * vocabulary * 2
+    monkeypatch.setitem(chunked.WORKSPACE_BYTES, "cpu", size // 4)
+    with torch.no_grad():
+        assert peak_bytes(lambda: token_risk(z, r, labels, CVaR(0.97))) <= size // 2
+    loss = token_risk(z.requires_grad_(), r, labels, CVaR(0.97)).risk.sum()
+    assert size < peak_bytes(lambda: torch.autograd.grad(loss, z)) <= size + size // 2

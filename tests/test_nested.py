@@ -1,5 +1,6 @@
 """Nested risk along packed sequences: the scan equals the recursion, which is the nested risk of a tree."""
 
+import numpy as np
 import pytest
 import torch
 from rsa_kernels import ERM, CVaR, RiskMeasure, nested_risk
@@ -119,6 +120,14 @@ def test_path_sum_is_the_literal_nested_form(risk):
     torch.testing.assert_close(ours.total[0], literal, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_discount_may_be_a_numpy_number(impl):
+    x, cu_seqlens = packed([3, 2], torch.float32)
+    results = [nested_risk(x, cu_seqlens, discount=d, impl=impl) for d in (np.float64(0.5), 0.5)]
+    assert torch.equal(results[0].total, results[1].total)
+    assert results[0].total.dtype == torch.float32
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -132,3 +141,8 @@ def test_bounds_that_do_not_cover_the_tokens_are_named(bounds):
 def test_discount_outside_the_unit_interval_is_refused(discount):
     with pytest.raises(ValueError, match=r"discount lies in \[0, 1\], got"):
         nested_risk(torch.ones(3), torch.tensor([0, 3]), discount=discount)
+
+
+def test_discount_is_a_number():
+    with pytest.raises(ValueError, match="discount is a number, got '0.9'"):
+        nested_risk(torch.ones(3), torch.tensor([0, 3]), discount="0.9")

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure, TokenStats, chunked, linear_token_risk, ops, rows, token_risk
@@ -298,11 +299,18 @@ def test_all_ignored_stays_connected(risk, impl):
     assert all((t == 0).all() for t in result.values())
 
 
-def test_rows_without_upstream_get_exact_zeros():
-    case = head(6, 33)
-    upstream = torch.randn(3, 6)
+@some_risks
+def test_rows_without_upstream_get_exact_zeros(risk):
+    """0 · nan is nan: only a row that is left out lets nan there reach nothing."""
+    case, upstream = head(6, 33), torch.randn(3, 6)
     upstream[:, 3] = 0
-    assert (evaluate(case, CVaR(0.5), upstream)["d_hidden"][3] == 0).all()
+    expected = evaluate(case, risk, upstream)
+    case["hidden"][3], case["ref_hidden"][3] = torch.nan, torch.nan
+    ours = evaluate(case, risk, upstream)
+    assert (ours["d_hidden"][3] == 0).all()
+    for name in ("d_hidden", "d_weight", "d_bias"):
+        assert ours[name].isfinite().all(), name
+        assert torch.equal(ours[name], expected[name]), name
 
 
 @some_risks
@@ -341,20 +349,44 @@ def test_chunk_size_does_not_matter(risk):
             assert (parts[name] - truth).abs().max() <= 1e-11, (name, count)
 
 
-def test_logits_in_chunks_are_bitwise_the_same(monkeypatch):
-    """Rows are independent: without matrix products not a bit may change."""
-    z, r, labels = torch.randn(70, 129), torch.randn(70, 129), torch.randint(0, 129, (70,))
-    whole = token_risk(z, r, labels, CVaR(0.5))
-    monkeypatch.setitem(chunked.WORKSPACE_BYTES, "cpu", 3 * 129 * chunked.ROW_PAIRS["chunked"].bytes_per_logit)
-    parts = token_risk(z, r, labels, CVaR(0.5))
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True) if a is not None)
+@pytest.mark.parametrize("tail", [0.97, 0.5, 0.1, 0.01])
+def test_logits_in_chunks_are_bitwise_the_same(tail, monkeypatch):
+    """Rows are independent: without matrix products not a bit may change, though whole blocks are searched for the
+    threshold and single rows sorted. At tail .97, sums in another order lead one of these rows to a neighbour."""
+    searched = []
+    monkeypatch.setattr(rows, "tail_threshold", lambda *a: searched.append(a[0].x.shape) or tail_threshold(*a))
+    torch.manual_seed(9)
+    z, r, labels = 4 * torch.randn(64, 4099), 4 * torch.randn(64, 4099), torch.randint(0, 4099, (64,))
+    results = []
+    for budget in (2**30, TINY):
+        monkeypatch.setitem(chunked.WORKSPACE_BYTES, "cpu", budget)
+        leaf = z.clone().requires_grad_()
+        stats = token_risk(leaf, r, labels, CVaR(tail))
+        results.append((*stats[:4], *torch.autograd.grad((stats.logp + stats.risk - stats.kl).sum(), leaf)))
+    assert searched == [(64, 4099)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_every_element_is_written():
-    """Fresh memory filled with nan: what nobody writes shows."""
+def test_outcomes_closer_than_any_number_the_search_divides_by():
+    """Log-ratios of 1e-33: the search for the threshold cannot tell them apart, a sort can."""
+    z, r, labels = 1e-33 * torch.randn(80, 1000), 1e-33 * torch.randn(80, 1000), torch.zeros(80, dtype=torch.int64)
+    gradients = []
+    for impl in ("naive", "chunked"):
+        leaf = z.clone().requires_grad_()
+        stats = token_risk(leaf, r, labels, CVaR(0.5), impl=impl)
+        assert stats.risk.abs().max() <= 1e-7
+        gradients += torch.autograd.grad(stats.risk.sum(), leaf)
+    assert (gradients[0] != 0).all()  # weights 2p or 0 against q = p
+    torch.testing.assert_close(*gradients, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize(("count", "vocabulary", "workspace_bytes"), [(70, 129, TINY), (67, 1000, None)])
+def test_every_element_is_written(count, vocabulary, workspace_bytes):
+    """Fresh memory filled with nan: what nobody writes shows. The second block is large enough for the search."""
     torch.use_deterministic_algorithms(True)
     try:
-        compare(head(70, 129), CVaR(0.5), torch.float32, workspace_bytes=TINY)
+        assert torch.zeros(()).new_empty(3).isnan().all()
+        compare(head(count, vocabulary), CVaR(0.5), torch.float32, workspace_bytes=workspace_bytes)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -409,6 +441,19 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     gradients = torch.autograd.grad(compiled(*leaves), leaves)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_compiles_again_for_other_numbers():
+    """Dynamo makes a symbol of a number that changes between calls; the operators take constants."""
+    z, r, labels = torch.randn(4, 9), torch.randn(4, 9), torch.randint(0, 9, (4,))
+
+    def risk(measure, scale):
+        return token_risk(z, r, labels, measure, scale=scale, softcap=9 * scale).risk
+
+    compiled = torch.compile(risk, fullgraph=True, backend="aot_eager")
+    for tail, scale in ((0.5, 1.0), (0.25, 0.7), (0.1, 0.3)):
+        assert torch.equal(compiled(CVaR(tail), scale), risk(CVaR(tail), scale))
+        assert torch.equal(compiled(HalfMean(tail), scale), risk(HalfMean(tail), scale))
 
 
 # ---- the choice of an implementation ---------------------------------------------------------------------------------
@@ -478,6 +523,10 @@ def test_shapes_that_do_not_fit_are_named():
     [
         ({"softcap": 0.0}, "softcap is a positive number, got 0.0"),
         ({"scale": -1.0}, "scale is a positive number, got -1.0"),
+        ({"scale": "0.5"}, "scale is a number, got '0.5'"),
+        ({"ref_scale": None}, "ref_scale is a number, got None"),
+        ({"ref_softcap": torch.tensor(5.0)}, r"ref_softcap is a number, got tensor\(5.\)"),
+        ({"ignore_index": -100.0}, "ignore_index is an integer, got -100.0"),
         ({"risk": "CVaR"}, "risk is a RiskMeasure such as"),
         ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, "labels are int64 token ids, got torch.int32"),
     ],
@@ -486,6 +535,17 @@ def test_bad_options_are_named(options, message):
     arguments = {"labels": torch.tensor([0, 1]), "risk": KL()} | options
     with pytest.raises(ValueError, match=message):
         token_risk(torch.randn(2, 5), torch.randn(2, 5), **arguments)
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_numpy_numbers_are_numbers(impl):
+    z, r, labels = torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1, -7, 2])
+    plain = {"scale": 0.5, "ref_scale": 2, "softcap": 8.0, "ref_softcap": 4.0, "ignore_index": -7}
+    types = (np.float64, np.int64, np.float32, np.float64, np.int32)
+    numpy = {k: kind(v) for kind, (k, v) in zip(types, plain.items(), strict=True)}
+    stats, expected = (token_risk(z, r, labels, CVaR(0.5), impl=impl, **options) for options in (numpy, plain))
+    assert torch.equal(stats.risk, expected.risk)
+    assert stats.risk.dtype == torch.float32
 
 
 def test_mixed_dtypes_are_refused():

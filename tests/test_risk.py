@@ -1,7 +1,7 @@
 """Risk measures: the five laws, their limits and orders, and numbers worked out in the papers' terms."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -243,17 +243,20 @@ def test_small_mu_does_not_overflow():
 
 @pytest.mark.parametrize("tail", [0.97, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("passes", [0, 2, 12])
-@pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "one value", "masked"])
+@pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "one value", "masked", "tiny", "tiny gaps"])
 def test_search_finds_the_quantile_of_a_sort(tail, passes, kind):
     """The same element, or a neighbour reached by less mass than a float32 sum can resolve."""
     scores = torch.randn(64, 515) * (6 if kind == "peaked" else 1)
     x = torch.randn(64, 515)
-    x = {"ties": (2 * x).round() / 2, "one value": torch.zeros_like(x)}.get(kind, x)
+    x = {"ties": (2 * x).round() / 2, "one value": torch.zeros_like(x), "tiny": 1e-33 * x}.get(kind, x)
+    if kind == "tiny gaps":
+        x[:, ::2] *= 1e-33
     if kind == "masked":
         scores[:, ::2] = -math.inf
     o = Outcomes.of(x, scores.log_softmax(-1))
     threshold = tail_threshold(o, tail, passes)
     assert (x == threshold).any(-1).all()
+    assert torch.equal(threshold, tail_threshold(o, tail, passes=0))
     above = (o.probs.double() * (x > threshold)).sum(-1)
     reached = (o.probs.double() * (x >= threshold)).sum(-1)
     assert (above <= tail + 1e-6).all()
@@ -275,9 +278,42 @@ def test_negative_mu_is_refused_except_minus_one(mu):
         ERM(mu)
 
 
-def test_text_is_not_a_parameter():
-    with pytest.raises(ValueError, match=r"CVaR tail is a number, got '0.97'"):
-        CVaR("0.97")
+@pytest.mark.parametrize("value", ["0.97", True, None, torch.tensor(0.97)], ids=str)
+def test_only_numbers_are_parameters(value):
+    with pytest.raises(ValueError, match="CVaR tail is a number, got"):
+        CVaR(value)
+    with pytest.raises(ValueError, match="ERM mu is a number, got"):
+        ERM(value)
+
+
+def test_numpy_numbers_become_floats():
+    for risk, plain in ((CVaR(np.float32(0.5)), CVaR(0.5)), (ERM(np.int64(5)), ERM(5)), (ERM(5), ERM(5.0))):
+        assert str(risk) == str(plain)
+        assert encode(risk) == encode(plain)
+
+
+def test_parameters_that_fp32_cannot_hold_are_refused():
+    """In fp32 each of them divides 0 by 0, or multiplies 0 by inf."""
+    for tail in (1e-46, 0.99e-30):
+        with pytest.raises(ValueError, match=f"CVaR tail is at least 1e-30, which is max x already, got {tail}"):
+            CVaR(tail)
+    for mu in (1e-46, 1e39):
+        with pytest.raises(ValueError, match=r"ERM mu lies in \[1e-30, 1e\+30\] unless it is 0 \(KL\) or -1, got"):
+            ERM(mu)
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("size", [50, 70000])
+def test_parameters_at_the_limit_are_exact_in_fp32(impl, size):
+    z, r, labels = torch.randn(2, size), torch.randn(2, size), torch.zeros(2, dtype=torch.int64)
+
+    def risk(measure):
+        return token_risk(z, r, labels, measure, impl=impl).risk
+
+    worst = (r.log_softmax(-1) - z.log_softmax(-1)).amax(-1)
+    torch.testing.assert_close(risk(CVaR(1e-30)), worst, rtol=0, atol=2e-6)
+    torch.testing.assert_close(risk(ERM(1e30)), worst, rtol=0, atol=2e-6)
+    torch.testing.assert_close(risk(ERM(1e-30)), risk(KL()), rtol=0, atol=1e-6)
 
 
 @every_risk
@@ -286,19 +322,133 @@ def test_measure_survives_encoding(risk):
     assert decode(*encode(None)) is None
 
 
+# ---- from class to operator and back ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeywordsOnly(RiskMeasure):
+    """The mean scaled up: wrong as a measure, but its value tells its parameters."""
+
+    factor: float = 1.0
+
+    def weights(self, x, log_probs):
+        return self.factor * log_probs.exp()
+
+    def value(self, x, log_probs):
+        return (self.weights(x, log_probs) * x).sum(-1)
+
+
+def chunked_risk(risk: RiskMeasure) -> float:
+    """On a row whose KL is log cosh(gap / 2) = 1: p = (½, ½) and policy logits (0, −gap)."""
+    gap = 2 * math.acosh(math.e)
+    logits = torch.tensor([0.0, -gap], dtype=torch.float64)
+    return token_risk(logits, torch.zeros(2, dtype=torch.float64), torch.tensor(0), risk, impl="chunked").risk.item()
+
+
+def test_keyword_parameters_reach_the_operator():
+    assert chunked_risk(KeywordsOnly()) == pytest.approx(1, abs=1e-12)
+    assert chunked_risk(KeywordsOnly(factor=3.0)) == pytest.approx(3, abs=1e-12)
+    assert encode(KeywordsOnly(factor=3.0)) == ("KeywordsOnly", [("factor", 3.0)])
+
+
+def in_a_notebook(factor: float, name: str = "Celled", module: str = "notebook", base: str = "KL") -> RiskMeasure:
+    """What running a cell with a class statement does; running it again gives the same module and qualified name."""
+    cell = f"""
+@dataclass(frozen=True)
+class {name}({base}):
+    def weights(self, x, log_probs): return {factor} * log_probs.exp()
+    def value(self, x, log_probs): return {factor} * (log_probs.exp() * x).sum(-1)
+    def weights_at(self, o, scalars): return {factor} * o.probs
+    def value_at(self, o, scalars): return {factor} * (o.probs * o.x).sum(-1)
+"""
+    namespace = {"__name__": module, "dataclass": dataclass, "KL": KL, "RiskMeasure": RiskMeasure}
+    exec(cell, namespace)
+    return namespace[name]()
+
+
+def in_a_function(factor: float) -> RiskMeasure:
+    @dataclass(frozen=True)
+    class Local(KL):
+        def value_at(self, o, scalars):
+            return factor * super().value_at(o, scalars)
+
+    return Local()
+
+
+def with_slots(factor: float) -> RiskMeasure:
+    @dataclass(frozen=True, slots=True)  # which makes the class twice
+    class Slotted(KL):
+        def value_at(self, o, scalars):
+            return factor * KL.value_at(self, o, scalars)
+
+    return Slotted()
+
+
+@pytest.mark.parametrize("define", [in_a_notebook, in_a_function, with_slots])
+def test_class_defined_again_replaces_the_old_one(define):
+    old = define(2.0)
+    assert chunked_risk(old) == pytest.approx(2, abs=1e-12)
+    new = define(3.0)
+    assert chunked_risk(new) == pytest.approx(3, abs=1e-12)
+    with pytest.raises(ValueError, match="was made before .* was defined again: make it again"):
+        chunked_risk(old)
+
+
+def test_newest_class_wins_whatever_it_derives_from():
+    for factor, base in ((2.0, "RiskMeasure"), (3.0, "KL"), (4.0, "RiskMeasure")):
+        assert chunked_risk(in_a_notebook(factor, "Rebased", base=base)) == pytest.approx(factor, abs=1e-12)
+
+
 def test_two_measures_of_one_name_are_refused():
-    def make():
+    first = in_a_notebook(2.0, "Doubled", "first_module")
+    assert chunked_risk(first) == pytest.approx(2, abs=1e-12)
+    second = in_a_notebook(3.0, "Doubled", "second_module")
+    for risk in (first, second):
+        with pytest.raises(
+            ValueError,
+            match=r"2 risk measures are called Doubled \(first_module.Doubled, second_module.Doubled\): rename one",
+        ):
+            chunked_risk(risk)
+
+
+def test_one_name_in_two_functions_is_refused():
+    def one():
         @dataclass(frozen=True)
-        class Doubled(KL):
+        class Twin(KL):
             pass
 
-        return Doubled()
+        return Twin()
 
-    first = make()
-    assert decode(*encode(first)) == first
-    second = make()
-    with pytest.raises(ValueError, match=r"2 risk measures are called Doubled .*rename one"):
-        decode(*encode(second))
+    def other():
+        @dataclass(frozen=True)
+        class Twin(KL):
+            pass
+
+        return Twin()
+
+    first = one()
+    assert chunked_risk(first) == pytest.approx(1, abs=1e-12)
+    other()
+    with pytest.raises(ValueError, match=r"2 risk measures are called Twin .*one.<locals>.Twin.*other.<locals>.Twin"):
+        chunked_risk(first)
+
+
+def test_parameter_that_is_not_kept_is_refused():
+    @dataclass(frozen=True)
+    class Forgetful(KL):
+        share: InitVar[float] = 0.0
+
+    with pytest.raises(ValueError, match="Forgetful is made with share, which is not a field: keep it as one"):
+        chunked_risk(Forgetful(1.0))
+
+
+def test_field_that_is_no_number_is_refused():
+    @dataclass(frozen=True)
+    class Worded(KL):
+        word: str = "half"
+
+    with pytest.raises(ValueError, match="Worded word is a number, got 'half'"):
+        chunked_risk(Worded())
 
 
 def test_measure_without_fields_is_refused():

@@ -1,8 +1,10 @@
 """The memory-bounded path: one loop over tokens, logits of one chunk at a time, computed again in backward.
 
 The loop takes a row pair (`rows.py`), so that other row functions run in the same loop. Forward and backward of each
-operator are opaque custom operators, one node each for `torch.compile`. Unless one chunk covers all N tokens, nothing
-here holds N·V elements.
+operator are opaque custom operators, one node each for `torch.compile`.
+
+Unless one chunk covers all N tokens, `linear_token_risk` makes no tensor of N·V elements, forward or backward. The
+caller of `token_risk` holds such tensors already; its backward makes one more, the gradient of the policy logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +31,7 @@ Maybe = Tensor | None
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, budget: int | None, pair: RowPair) -> int:
-    """Rows per chunk within a workspace of `budget` bytes, at least one: an explicit budget is obeyed however small."""
+    """Rows per chunk within a workspace of `budget` bytes; one row where not even that fits."""
     budget = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"]) if budget is None else budget
     width = 2 if dtype == torch.float64 else 1
     rows = budget // (width * pair.bytes_per_logit * max(vocabulary, 1))
@@ -133,7 +135,7 @@ def _stats(outputs: Outputs, options: RowOptions) -> TokenStats:
 
 
 def token_risk(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, options: RowOptions) -> TokenStats:
-    """`naive.token_risk` of logits [N, V] without fp32 buffers of that size."""
+    """`naive.token_risk` of logits [N, V]; the only tensor of that size is the gradient, in the dtype of the logits."""
     pair = ROW_PAIRS["chunked"]
     rows = chunk_rows(policy_logits.shape[1], _accumulator(policy_logits.dtype), policy_logits.device, None, pair)
     outputs = _token_forward(policy_logits, ref_logits.detach(), labels, options.encode(), "chunked", rows)
@@ -208,7 +210,7 @@ def linear_token_risk(
     options: RowOptions,
     workspace_bytes: int | None = None,
 ) -> TokenStats:
-    """`naive.linear_token_risk` within a workspace. `policy` and `reference` are hidden, weight and bias."""
+    """`naive.linear_token_risk`, chunk by chunk. `policy` and `reference` are hidden, weight and bias."""
     weight, pair = policy[1], ROW_PAIRS["chunked"]
     rows = chunk_rows(weight.shape[0], _accumulator(weight.dtype), weight.device, workspace_bytes, pair)
     frozen = [None if t is None else t.detach() for t in reference]

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rsa_kernels import chunked, naive
 from rsa_kernels.naive import NestedRisk, TokenStats
-from rsa_kernels.risk import RiskMeasure
+from rsa_kernels.risk import RiskMeasure, number
 from rsa_kernels.rows import RowOptions
 
 Impl = Literal["auto", "naive", "chunked", "triton"]
@@ -40,7 +41,8 @@ def token_risk(
         risk = ρ_{v∼p}(x_v)             large where the policy has removed mass
         kl   = E_{v∼p} x_v              KL(p ‖ q); the same tensor as risk when risk is KL()
 
-    Equals `naive.token_risk`, a page of torch, without its [*n, V] fp32 buffers.
+    Equals `naive.token_risk`, a page of torch, in chunks of rows: the only tensor [*n, V] it makes is the gradient, in
+    the dtype of `policy_logits` (and a copy of logits that cannot be viewed as [N, V], such as a slice of positions).
 
     Args:
         labels: int64; at `ignore_index` all outputs are exactly 0 and no gradient flows, even where logits or upstream
@@ -66,7 +68,7 @@ def token_risk(
             "token_risk wants policy_logits and ref_logits of one shape [*n, V] and labels [*n], got "
             f"{_shape(policy_logits)}, {_shape(ref_logits)} and {_shape(labels)}; cut both to their common vocabulary"
         )
-    options = RowOptions(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
+    options = _options(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
     _check(policy_logits.shape[-1], labels, options)
     if resolve(impl, policy_logits, risk) == "naive":
         return naive.token_risk(policy_logits, ref_logits, labels, **options._asdict())
@@ -103,15 +105,17 @@ def linear_token_risk(
     Args:
         ref_hidden, ref_weight: of the frozen reference; another hidden size is fine. Both None, with risk=None, scores
             the policy alone: `ref_logp` is then exactly 0.
-        workspace_bytes: bound on the logits and temporaries of one chunk of rows; by default 64 MiB on a CPU and
-            512 MiB on a GPU.
+        workspace_bytes: bound on what a call holds beside inputs, outputs and gradients: logits and temporaries of one
+            chunk of rows; by default 64 MiB on a CPU and 512 MiB on a GPU. A chunk has at least one row, which takes
+            48 bytes per vocabulary entry (96 for fp64). It holds on a CPU for the measures of this package; the sort of
+            `CVaR` on a GPU, and a measure of your own, may take more. The gradients of bf16 weights are summed in fp32.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or (CPU only) a label is outside [0, V).
         TypeError: a weight is a DTensor, i.e. a shard of the head.
         RuntimeError: `impl` names something that cannot run here.
     """
-    options = RowOptions(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
+    options = _options(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
     _check_linear(hidden, weight, bias, labels, "")
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden and ref_weight come together: pass both, or neither to score the policy alone")
@@ -155,6 +159,7 @@ def nested_risk(
         raise ValueError(
             f"nested_risk wants step_risk [N] and cu_seqlens [S+1], got {_shape(step_risk)} and {_shape(cu_seqlens)}"
         )
+    discount = number("discount", discount)
     if not 0 <= discount <= 1:
         raise ValueError(f"discount lies in [0, 1], got {discount}")
     if _readable(cu_seqlens):
@@ -200,13 +205,30 @@ def _log_once(message: str) -> None:
         _log.info(message)
 
 
+def _options(
+    risk: Any, scale: Any, ref_scale: Any, softcap: Any, ref_softcap: Any, ignore_index: Any, entropy: Any
+) -> RowOptions:
+    """Checked, and in Python's own types: NumPy's have another repr."""
+    if risk is not None and not isinstance(risk, RiskMeasure):
+        raise ValueError(f"risk is a RiskMeasure such as CVaR(tail=0.97), or None; got {risk!r}")
+    scales = _positive("scale", scale), _positive("ref_scale", ref_scale)
+    caps = (
+        None if softcap is None else _positive("softcap", softcap),
+        None if ref_softcap is None else _positive("ref_softcap", ref_softcap),
+    )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise ValueError(f"ignore_index is an integer, got {ignore_index!r}")
+    return RowOptions(risk, *scales, *caps, int(ignore_index), bool(entropy))
+
+
+def _positive(name: str, value: object) -> float:
+    value = number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is a positive number, got {value}")
+    return value
+
+
 def _check(vocabulary: int, labels: Tensor, options: RowOptions) -> None:
-    if options.risk is not None and not isinstance(options.risk, RiskMeasure):
-        raise ValueError(f"risk is a RiskMeasure such as CVaR(tail=0.97), or None; got {options.risk!r}")
-    for name in ("scale", "ref_scale", "softcap", "ref_softcap"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} is a positive number, got {value}")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are int64 token ids, got {labels.dtype}")
     if not _readable(labels):

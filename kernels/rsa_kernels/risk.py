@@ -7,14 +7,21 @@ row between forward and backward.
 """
 
 import abc
+import inspect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# Products with smaller or larger parameters lose their digits in fp32, then vanish or overflow.
+SMALLEST, LARGEST = 1e-30, 1e30
+
+_defined: list[type["RiskMeasure"]] = []  # every subclass, oldest first
 
 
 class Outcomes(NamedTuple):
@@ -38,6 +45,10 @@ class RiskMeasure(abc.ABC):
     """
 
     scalar_count: ClassVar[int] = 0  # width of `scalars`; at most 3
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _defined.append(cls)
 
     @abc.abstractmethod
     def weights(self, x: Float[Tensor, "*n V"], log_probs: Float[Tensor, "*n V"]) -> Float[Tensor, "*n V"]:
@@ -112,7 +123,7 @@ class CVaR(_ClosedForm):
     p, never by index: a policy equal to its reference is one single tie and must get weights p, hence gradient 0.
 
     Args:
-        tail: probability mass in (0, 1]; the papers' μ. The usual CVaR level is 1 − tail.
+        tail: probability mass in (0, 1], at least 1e-30; the papers' μ. The usual CVaR level is 1 − tail.
 
     Sources: Rockafellar and Uryasev (2000); Ra-DPO (arXiv:2505.20359), RSA (arXiv:2512.24263).
     """
@@ -121,17 +132,25 @@ class CVaR(_ClosedForm):
     scalar_count: ClassVar[int] = 2  # threshold, fraction
 
     def __post_init__(self) -> None:
-        if not 0 < _number("CVaR tail", self.tail) <= 1:
+        tail = number("CVaR tail", self.tail)
+        if not 0 < tail <= 1:
             raise ValueError(f"CVaR tail is a probability mass in (0, 1], got {self.tail}")
+        if tail < SMALLEST:
+            raise ValueError(f"CVaR tail is at least {SMALLEST}, which is max x already, got {self.tail}")
+        object.__setattr__(self, "tail", tail)
 
     def scalars(self, o: Outcomes) -> Float[Tensor, "*n 2"]:
         """The threshold and the fraction of the mass at it that belongs to the tail."""
         if self.tail == 1:
             return o.x.new_zeros(*o.x.shape[:-1], 2)
+        return self.split(o, self.threshold(o))
+
+    def threshold(self, o: Outcomes) -> Float[Tensor, "*n 1"]:
+        """The upper `tail`-quantile, an element of x."""
         descending, order = o.x.sort(dim=-1, descending=True)
         mass = o.probs.gather(-1, order).cumsum(-1)
         crossing = (mass < self.tail * mass[..., -1:]).sum(-1, keepdim=True)  # rounding may leave the sum just below 1
-        return self.split(o, descending.gather(-1, crossing))
+        return descending.gather(-1, crossing)
 
     def split(self, o: Outcomes, threshold: Float[Tensor, "*n 1"]) -> Float[Tensor, "*n 2"]:
         """`scalars` for a threshold that is known."""
@@ -161,7 +180,7 @@ class ERM(_ClosedForm):
     risk-aware loss becomes DPO. A risk aversion on the scale of values becomes `mu = mu_value / beta` here.
 
     Args:
-        mu: per nat of log-ratio; ≥ 0, or exactly −1.
+        mu: per nat of log-ratio; 0, between 1e-30 and 1e30, or exactly −1.
 
     Sources: Ra-DPO (arXiv:2505.20359), RSA (arXiv:2512.24263).
     """
@@ -170,9 +189,12 @@ class ERM(_ClosedForm):
     scalar_count: ClassVar[int] = 1  # log E exp(μx)
 
     def __post_init__(self) -> None:
-        mu = _number("ERM mu", self.mu)
+        mu = number("ERM mu", self.mu)
         if not (0 <= mu < math.inf or mu == -1):
             raise ValueError(f"ERM mu is a risk aversion >= 0 per nat of log-ratio, or exactly -1 (DPO), got {self.mu}")
+        if mu not in (0, -1) and not SMALLEST <= mu <= LARGEST:
+            raise ValueError(f"ERM mu lies in [{SMALLEST}, {LARGEST}] unless it is 0 (KL) or -1, got {self.mu}")
+        object.__setattr__(self, "mu", mu)
 
     def scalars(self, o: Outcomes) -> Float[Tensor, "*n 1"]:
         log_mean = (o.log_probs + self.mu * o.x).logsumexp(-1, keepdim=True)
@@ -192,37 +214,54 @@ class ERM(_ClosedForm):
         return (o.probs * o.x).sum(-1) if self.mu == 0 else scalars.squeeze(-1) / self.mu
 
 
-def encode(risk: RiskMeasure | None) -> tuple[str, list[float]]:
-    """A measure as class name and fields, which a custom operator can carry; None is ("", [])."""
+def encode(risk: RiskMeasure | None) -> tuple[str, list[tuple[str, float]]]:
+    """A measure as class name and fields, which a custom operator can carry; None is ("", []).
+
+    Raises:
+        ValueError: the measure is no dataclass of numbers, or its name leads to another class.
+    """
     if risk is None:
         return "", []
     cls = type(risk)
-    fields = getattr(cls, "__match_args__", None)  # the names of a dataclass's fields
-    if fields is None:
+    if not is_dataclass(risk):
         raise ValueError(f"{cls.__name__} is not a dataclass: a risk measure is a frozen one whose fields are floats")
-    return cls.__name__, [_number(f"{cls.__name__} {name}", getattr(risk, name)) for name in fields]
+    if _newest(cls.__name__) is not cls:
+        raise ValueError(f"{risk} was made before {cls.__name__} was defined again: make it again")
+    names = [field.name for field in fields(risk) if field.init]
+    return cls.__name__, [(name, number(f"{cls.__name__} {name}", getattr(risk, name))) for name in names]
 
 
-def decode(name: str, parameters: Sequence[float]) -> RiskMeasure | None:
-    """The measure that `encode` wrote. Python's subclassing is the registry of names."""
+def decode(name: str, parameters: Sequence[tuple[str, float]]) -> RiskMeasure | None:
+    """The measure that `encode` wrote.
+
+    Raises:
+        ValueError: no class or several have that name, or its constructor takes more than its fields.
+    """
     if not name:
         return None
-    found = [cls for cls in _subclasses(RiskMeasure) if cls.__name__ == name]
+    cls = _newest(name)
+    surplus = inspect.signature(cls).parameters.keys() - dict(parameters).keys()
+    if surplus:
+        raise ValueError(f"{name} is made with {', '.join(sorted(surplus))}, which is not a field: keep it as one")
+    return cls(**dict(parameters))
+
+
+def _newest(name: str) -> type[RiskMeasure]:
+    """The class of that name. One defined again at the same place, as by running a notebook cell twice, replaces it."""
+    found = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _defined if cls.__name__ == name}
     if len(found) > 1:
-        places = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
-        raise ValueError(f"{len(found)} risk measures are called {name} ({places}): rename one")
+        raise ValueError(f"{len(found)} risk measures are called {name} ({', '.join(found)}): rename one")
     if not found:
         raise ValueError(f"no risk measure is called {name}: derive it from RiskMeasure before the operator runs")
-    return found[0](*parameters)
+    return next(iter(found.values()))
 
 
-def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _subclasses(child)
+def number(what: str, value: object) -> float:
+    """A plain float of any real number, NumPy's included. Not of a tensor: a gradient to it would be lost.
 
-
-def _number(what: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    Raises:
+        ValueError: it is none; `what` names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{what} is a number, got {value!r}")
     return float(value)
