@@ -42,21 +42,6 @@ def seed() -> int:
     return 0
 
 
-@pytest.fixture
-def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Floating-point memory from torch.empty and empty_like is NaN, so an element nobody wrote shows up in results."""
-
-    def filled(allocate):
-        def call(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return call
-
-    monkeypatch.setattr(torch, "empty", filled(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
-
-
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with about 300 tokens and distinct BOS, EOS and PAD."""

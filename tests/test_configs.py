@@ -107,5 +107,5 @@ def test_the_two_commands_of_the_readme_are_those_of_ci():
 
 def test_the_quickstart_target_runs_the_quickstart():
     makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"quickstart: install\n\t\$\(BIN\)/rsa align -c configs/quickstart.yaml\n", makefile)
+    assert re.search(r"quickstart: install\n\t.*\$\(BIN\)/rsa align -c configs/quickstart.yaml\n", makefile)
     assert load_file(ROOT / "configs/quickstart.yaml")["output"] == "runs/quickstart"
