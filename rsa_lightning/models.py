@@ -1,5 +1,6 @@
 """Policies: the only file that knows Hugging Face models. Loads, checks, owns the head, saves."""
 
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rsa_lightning.data.tokenize import PreferenceBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -274,10 +277,14 @@ def _from_folder(spec: PolicySpec) -> PreTrainedModel:
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"no causal language model can be read from {source!r} ({_first_line(error)})") from error
     model, info = loaded
-    for key, what in (("missing_keys", "lacks weights"), ("unexpected_keys", "has weights that no layer takes")):
-        if info[key]:
-            found = f"{len(info[key])}, first: {min(info[key])}"
-            raise ValueError(f"{source} {what} ({found}): its config.json and its weights do not belong together")
+    if info["missing_keys"]:
+        found = f"{len(info['missing_keys'])}, first: {min(info['missing_keys'])}"
+        raise ValueError(
+            f"{source} lacks weights ({found}) that would be random: its config.json and weights do not match"
+        )
+    if info["unexpected_keys"]:  # an auxiliary head, or a config.json with too few layers: only the user can tell
+        found = f"{len(info['unexpected_keys'])}, first: {min(info['unexpected_keys'])}"
+        log.warning("%s has weights that no layer of its config.json takes (%s): they are left out", source, found)
     return model
 
 

@@ -80,7 +80,8 @@ class PolicyStage(L.LightningModule, abc.ABC):
             self._log_training(step)
 
     def on_train_end(self) -> None:
-        if self.global_step != self._logged_step:  # the last steps, when log_every_n_steps does not divide their number
+        # the last steps, when log_every_n_steps does not divide their number; a few alone would be a noisy last point
+        if 2 * (self.global_step - self._logged_step) >= self.log_every:
             self._log_training(self.global_step)
 
     def _log_training(self, step: int) -> None:

@@ -247,3 +247,62 @@ def test_generation_settings_name_the_end_token(tiny_tokenizer, tmp_path):
         json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"]
         == tiny_tokenizer.eos_token_id
     )
+
+
+def test_a_folder_that_is_no_model_is_not_replaced(tiny_llama, tiny_tokenizer, tmp_path):
+    """An earlier model is replaced, whole; somebody's folder is not."""
+    policy = load_policy(PolicySpec(model=str(tiny_llama)))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("mine")
+    with pytest.raises(ValueError, match="thesis exists and is no model folder"):
+        save_policy(policy, tiny_tokenizer, tmp_path / "thesis")
+    assert (tmp_path / "thesis/chapter.txt").read_text() == "mine"
+    for _ in range(2):
+        save_policy(policy, tiny_tokenizer, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "thesis"]
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_taken(tiny_llama, tiny_tokenizer, tmp_path):
+    policy = load_policy(PolicySpec(model=str(tiny_llama)))
+    with torch.no_grad():
+        policy.head.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="is not finite, so nothing was saved"):
+        save_policy(policy, tiny_tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    policy.model.save_pretrained(tmp_path / "diverged")
+    with pytest.raises(ValueError, match="logits that are not finite: its training diverged"):
+        load_policy(PolicySpec(model=str(tmp_path / "diverged")))
+
+
+def test_weights_that_no_layer_takes_are_announced(tiny_llama, tmp_path, caplog):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    load_policy(PolicySpec(model=str(tmp_path / "model")))
+    assert "has weights that no layer of its config.json takes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 30, "num_attention_heads": 4}, "policy.config: no causal llama can be made of it"),
+        ({"model_type": "t5"}, "policy.config: no causal t5 can be made of it"),
+    ],
+)
+def test_impossible_configurations_are_one_sentence(change, message, tiny_tokenizer):
+    config = {"model_type": "llama"} | ({} if "model_type" in change else FAMILIES["llama"]) | change
+    with pytest.raises(ValueError, match=message) as caught:
+        load_policy(PolicySpec(config=config), tiny_tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fresh_model_has_no_revision():
+    with pytest.raises(ValueError, match="belong to `model`: a fresh one has neither"):
+        PolicySpec(config={"model_type": "llama"}, revision="abc")
+
+
+def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder runs/rewrad"):
+        load_policy(PolicySpec(model="runs/rewrad"))

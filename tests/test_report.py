@@ -163,7 +163,7 @@ def test_no_unsafe_answer_is_not_a_rate_of_zero(tmp_path: Path):
     write_samples(tmp_path / "s.jsonl", world(0.0, 1.0))
     write_report(tmp_path, [ModelRecord("m", tmp_path / "s.jsonl")], draw_figures=False, resamples=20)
     bound = 100 * tail.clopper_pearson_upper(0, 300)
-    assert f"that rules out rates above {bound:.1f} %" in (tmp_path / "report.md").read_text()
+    assert f"that rules out rates above {bound:.2f} %" in (tmp_path / "report.md").read_text()
 
 
 def preference(low: float, high: float) -> dict[str, Any]:

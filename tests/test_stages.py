@@ -1,5 +1,6 @@
 """The stages: what they refuse, what they log, and that a step is the same step however the batch is cut."""
 
+import csv
 import json
 import math
 import shutil
@@ -343,6 +344,22 @@ def test_training_metrics_are_logged_under_known_names(tiny_llama, pairs_file, t
     ]
     for name in [*names, "rewards/margins", "rewards/accuracies"]:
         assert f"train/{name}" in header
+
+
+@pytest.mark.parametrize(("steps", "logged"), [(5, [1, 3, 5]), (4, [1, 3])])
+def test_the_last_steps_are_logged_too(steps, logged, tiny_llama, pairs_file, tmp_path):
+    """Every third step is logged; of 5 steps the last two are, of 4 the last one alone would be noise."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    run = trainer(tmp_path, max_steps=steps, logger=CSVLogger(tmp_path, name="run", version=""), log_every_n_steps=3)
+    run.fit(stage(tiny_llama), data(pairs_file))
+    with (tmp_path / "run/metrics.csv").open() as rows:
+        assert [int(row["step"]) for row in csv.DictReader(rows)] == logged
+
+
+def test_a_discount_is_a_factor(tiny_llama):
+    with pytest.raises(ValueError, match=r"discount is a factor per token in \[0, 1\], got 1.5"):
+        stage(tiny_llama, discount=1.5)
 
 
 def test_the_model_is_exported_when_training_ends(tiny_llama, pairs_file, tmp_path):

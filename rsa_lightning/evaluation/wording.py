@@ -158,7 +158,8 @@ def number(value: float | None, *, percent: bool = False, sign: bool = False, li
     if isinstance(value, int):
         return str(value)
     if percent:
-        decimals, value = 1, 100 * value
+        decimals = 2 if 0 < abs(100 * (value if like is None else like)) < 1 else 1
+        value = 100 * value
     else:
         size = abs(value if like is None else like)
         decimals = 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3
@@ -190,7 +191,7 @@ def _clause(change: Change, before: Mapping[str, Any], after: Mapping[str, Any],
     if change.low <= 0 <= change.high:
         return f"{noun} shows no clear change ({first}, then {last})"
     verb = "rose" if change.estimate > 0 else "fell"
-    factor = f" ({end / start:.2f} times)" if percent and start and end is not None else ""
+    factor = f" ({end / start:.2f} times)" if percent and start and end and end / start >= 0.005 else ""
     return f"{noun} {verb} from {first} to {last}{factor}"
 
 
