@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -9,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 # imported so that configurations can name their classes without a module path
 from rsa_lightning import callbacks, losses, reference, supervised  # noqa: F401
+from rsa_lightning.config import load_file, parse
 from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.stages import PolicyStage
 
@@ -17,11 +19,26 @@ TRAINER_DEFAULTS: dict[str, Any] = {"use_distributed_sampler": False}
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml beside the logs; without a logger there is no such place."""
+    """Writes config.yaml beside the logs, once; without a logger there is no such place.
+
+    Raises:
+        ValueError: an earlier run with other settings left its config.yaml there.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.logger is not None:
+        if trainer.logger is None:
+            return
+        earlier = Path(trainer.log_dir or ".") / self.config_filename
+        if not earlier.is_file():
             super().setup(trainer, pl_module, stage)
+            return
+        then, now = load_file(earlier), parse(self.parser.dump(self.config, skip_validation=True), "this run")
+        differing = [key for key in ("seed_everything", "model", "data", "trainer") if then.get(key) != now.get(key)]
+        if differing:
+            raise ValueError(
+                f"{earlier} is of a run with other settings ({', '.join(differing)}): choose another place with "
+                "trainer.logger.init_args.save_dir, name or version"
+            )
 
 
 class FitCLI(LightningCLI):

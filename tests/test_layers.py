@@ -60,7 +60,7 @@ ROOMS = {
         "checkpoint evaluation evaluation.tail evaluation.samples evaluation.figures evaluation.wording",
         "torch rich",
     ),
-    "fit": ("callbacks losses reference supervised stages data.datamodule", "lightning"),
+    "fit": ("callbacks config losses reference supervised stages data.datamodule", "lightning"),
     "plan": ("config evaluation.generate models parsing temperatures", "jsonargparse"),
     "assess": (
         "kernels checkpoint data.datamodule data.formats data.readers data.tokenize manifest plan stages evaluation.figures "

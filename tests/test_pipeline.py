@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rsa_lightning.assess import read_prompts
+from rsa_lightning.cli import main
 from rsa_lightning.config import merge
 from rsa_lightning.pipeline import align
 
@@ -310,26 +312,21 @@ def test_safety_first_and_a_reference_of_ones_own(finished, tmp_path):
     assert found["models"][0]["kl_to_start"] != 0  # relative to the folder it started from
 
 
-def test_a_step_config_runs_by_itself(finished, tmp_path):
-    from rsa_lightning.cli import main
+def test_a_step_config_runs_by_itself_and_makes_the_same_model(copy):
+    """The file says where it writes: the run it belongs to. Another setting in the same place is refused."""
+    step = copy / "safety"
+    text = (step / "config.yaml").read_text()
+    (step / "config.yaml").write_text(text.replace(str(text_folder(text)), str(copy)))
+    before = (step / "model/model.safetensors").read_bytes()
+    (step / "model/model.safetensors").unlink()
+    assert main(["fit", "-c", str(step / "config.yaml")]) == 0
+    assert (step / "model/model.safetensors").read_bytes() == before
+    assert main(["fit", "-c", str(step / "config.yaml"), "--model.loss.risk_weight", "0.1"]) == 1
 
-    step = finished[0] / "safety/config.yaml"
-    assert (
-        main(
-            [
-                "fit",
-                "-c",
-                str(step),
-                "--trainer.logger",
-                "false",
-                "--trainer.callbacks",
-                "null",
-                "--trainer.enable_checkpointing",
-                "false",
-            ]
-        )
-        == 0
-    )
+
+def text_folder(text: str) -> Path:
+    """The run directory that a step's config.yaml was written for."""
+    return Path(re.search(r"# Run:  rsa fit -c (.*)/safety/config.yaml", text)[1])
 
 
 def trl_file(path: Path, count: int) -> Path:
