@@ -89,7 +89,7 @@ def summarise(stats: PairStats, prompts: Sequence[str], resamples: int, seed: in
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     clusters = torch.tensor([numbers[prompt] for prompt in prompts])
     intervals: dict[str, list[float] | None] = {
-        name: list(clustered_bootstrap(column.double(), clusters, mean, resamples=resamples, seed=seed))
+        name: [round(end, 12) for end in clustered_bootstrap(column.double(), clusters, mean, resamples, seed)]
         if len(numbers) > 1
         else None
         for name, column in columns.items()
