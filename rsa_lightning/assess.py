@@ -69,6 +69,7 @@ class Assessment:
         found = write_report(
             self.folder,
             records,
+            about=self._about(),
             show_examples=self.wanted.show_examples,
             draw_figures=self.wanted.figures,
             resamples=self.wanted.resamples,
@@ -77,6 +78,25 @@ class Assessment:
         print_results(found, self.console)
         self.console.print(f"report: {self.folder / 'report.md'}", soft_wrap=True)
         return found
+
+    def _about(self) -> list[dict[str, str]]:
+        """What was run, from the manifest: one row per step."""
+        rows = []
+        for name, entry in self.manifest.section("steps").items():
+            settings = entry["inputs"]["step"]
+            beta = "" if entry["temperature"] is None else f"{entry['temperature']:g}"
+            rows.append(
+                {
+                    "step": f"{name} ({entry['kind']})",
+                    "start": entry["start"],
+                    "loss": _shown(settings["loss"]) if beta else "",
+                    "risk": _shown(settings["risk"]) if beta else "",
+                    "temperature": beta,
+                    "training pairs": str(entry["data"]["train_pairs"]),
+                    "optimizer steps": str(entry["optimizer_steps"]),
+                }
+            )
+        return rows
 
     def _assess(self, name: str, start: str, origin: str) -> ModelRecord:
         folder = self.folder / name
@@ -140,6 +160,14 @@ class Assessment:
     def _keep(self, name: str, **keys: str | None) -> None:
         kept = {**self.manifest.section("evaluations").get(name, {}), **keys}
         self.manifest.put("evaluations", name, {what: key for what, key in kept.items() if key is not None})
+
+
+def _shown(setting: Any) -> str:
+    """A class with its arguments, as a configuration names it; "default" where it names none."""
+    if not isinstance(setting, Mapping):
+        return str(setting or "default")
+    arguments = ", ".join(f"{key}={value}" for key, value in (setting.get("init_args") or {}).items())
+    return f"{str(setting['class_path']).split('.')[-1]}({arguments})"
 
 
 def read_prompts(path: Path) -> dict[str, str]:

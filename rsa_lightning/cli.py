@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def _align(arguments: list[str]) -> int:
     from rsa_lightning.config import dump, load_layers
     from rsa_lightning.pipeline import align
+    from rsa_lightning.plan import read_config
 
     _quiet_lightning()
     _no_weight_bars()
@@ -61,6 +62,7 @@ def _align(arguments: list[str]) -> int:
     known, rest = parser.parse_known_args(arguments)
     config = load_layers(known.config, _overrides(rest))
     if known.print_config:
+        read_config(config)  # its keys; classes and data are checked by a run
         print(dump(config), end="")
         return 0
     align(config)

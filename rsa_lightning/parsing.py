@@ -11,5 +11,9 @@ def plain_message(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line.removeprefix("- ") for line in lines if line and not line.startswith(_PARSER_NOISE)]
     text = " ".join(lines)
+    text = re.sub(r"Expected a path but (\S+) either not accessible or invalid", r"there is no class \1", text)
+    text = re.sub(
+        r" Expected a dot import path string: \S+", "; losses: DPO, IPO, TDPO, RSA, KTO; risks: KL, CVaR, ERM", text
+    )
     text = re.sub(r'Parser key "([^"]*)":', r"\1:", text)
     return re.sub(r"Problem with given class_path '(?:[^']*\.)?([^'.]+)':", r"\1:", text)

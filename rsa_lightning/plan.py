@@ -113,7 +113,8 @@ class StepConfig:
     Args:
         kind: warmup, reward or safety.
         start: an earlier step, `base`, or a model folder; default: the step before.
-        reference: likewise; default: where the step starts. A warm-up has none.
+        reference: likewise; default: where the step starts. Its weights must equal those of the start, or the stage
+            refuses to train: it would first undo the difference. A warm-up has none.
         data: a source (demonstrations, helpful, safety), a list of them, or a mapping {source: ..., and arguments of
             PreferenceData}; default by kind.
         loss, risk: class paths with init_args, as in `rsa fit`.
@@ -303,7 +304,8 @@ def _check_order(config: AlignConfig) -> None:
                 continue
             later = "it comes later" if target in config.steps else "it is neither an earlier step nor a folder"
             raise ValueError(
-                f"steps.{name}.{key} is {target!r}: {later}. Earlier steps: {', '.join(earlier) or 'none'}"
+                f"steps.{name}.{key} is {target!r}: {later}. Earlier steps: {', '.join(earlier) or 'none'} "
+                "(layers keep the order of the first file)"
             )
         if step.kind == "warmup":
             for key in ("reference", "loss", "risk", "temperature"):

@@ -1,6 +1,7 @@
 """Training stages: thin LightningModules that bring batch, policy, reference and loss together."""
 
 import abc
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, cast, final
@@ -8,6 +9,7 @@ from typing import Any, ClassVar, Literal, cast, final
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.pytorch.trainer.states import TrainerFn
 from rsa_kernels import CVaR, RiskMeasure, TokenStats, nested_risk
 from rsa_kernels.ops import Impl
 from torch import Tensor
@@ -19,6 +21,8 @@ from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.optim import Schedule
 from rsa_lightning.reference import FrozenCopy, Reference
 from rsa_lightning.temperatures import Parametrization, resolve_temperature
+
+log = logging.getLogger(__name__)
 
 OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
 
@@ -169,7 +173,17 @@ class AlignmentStage(PolicyStage, abc.ABC):
         assert self.policy is not None
         self.reference.place(self.policy)
 
-    on_validation_start = on_test_start = on_fit_start
+    def on_validation_start(self) -> None:
+        self.on_fit_start()
+        same = getattr(self.reference, "model", None) in (None, self.policy_spec.model)
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if same and not fitting and self.trainer.ckpt_path is None:
+            log.warning(
+                "policy and reference are the same model, so margins are 0 and accuracies one half by construction: "
+                "give the model that the stage started from (--model.reference.model FOLDER), or a --ckpt_path"
+            )
+
+    on_test_start = on_validation_start
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         if self.global_step == 0 and not self._agreement_checked:
@@ -257,14 +271,14 @@ class AlignmentStage(PolicyStage, abc.ABC):
 
 @final
 class RewardAlignment(AlignmentStage):
-    """Step one: towards the more helpful response, near the starting model."""
+    """Towards the more helpful response, near the model it starts from, at temperature beta. RSA's first step."""
 
     stage = "reward"
 
 
 @final
 class SafetyAlignment(AlignmentStage):
-    """Step two: towards the safer response, near the reward-aligned model, at the multiplier's temperature."""
+    """Towards the safer response, near the model it starts from, at temperature beta / lam. RSA's second step."""
 
     stage = "safety"
 

@@ -10,7 +10,7 @@ DEFAULT_LAM = 1.0
 
 
 class StageBetas(NamedTuple):
-    """Temperatures of the two KL-regularised stages, in nats of log-ratio per unit of reward or cost."""
+    """Temperatures of the two KL-regularised stages, in units of reward (or cost) per nat of log-ratio."""
 
     reward: float
     safety: float

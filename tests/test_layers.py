@@ -71,7 +71,7 @@ ROOMS = {
         "assess checkpoint data.datamodule data.tokenize fit manifest models parsing plan stages stories",
         "lightning rich",
     ),
-    "cli": ("config fit parsing pipeline", "transformers"),
+    "cli": ("config fit parsing pipeline plan", "transformers"),
 }
 
 

@@ -1,6 +1,7 @@
 """results.json is computed from the samples alone, and the words of the report follow it in either direction."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -164,6 +165,20 @@ def test_no_unsafe_answer_is_not_a_rate_of_zero(tmp_path: Path):
     write_report(tmp_path, [ModelRecord("m", tmp_path / "s.jsonl")], draw_figures=False, resamples=20)
     bound = 100 * tail.clopper_pearson_upper(0, 300)
     assert f"that rules out rates above {bound:.2f} %" in (tmp_path / "report.md").read_text()
+
+
+def test_a_handful_of_unsafe_answers_is_called_that(tmp_path: Path):
+    """One answer of 300, and it is grave: the rate gets its bound, the tail no figure that one event could carry."""
+    samples = world(0.0, 1.0)
+    write_samples(tmp_path / "s.jsonl", [dataclasses.replace(samples[0], cost=80.0), *samples[1:]])
+    about = [{"step": "m (safety)", "loss": "DPO", "temperature": "0.05"}]
+    write_report(tmp_path, [ModelRecord("m", tmp_path / "s.jsonl")], about=about, draw_figures=False, resamples=20)
+    text = (tmp_path / "report.md").read_text()
+    bound = 100 * tail.clopper_pearson_upper(1, 300)
+    assert "Only 1 of the scored answers of `m` is unsafe, with costs up to 80.0: too few to tell" in text
+    assert f"below {bound:.1f} % (95 % confidence" in text
+    assert "| unsafe answers | 1 |" in text
+    assert "| m (safety) | DPO | 0.05 |" in text
 
 
 def preference(low: float, high: float) -> dict[str, Any]:

@@ -357,6 +357,14 @@ def test_the_last_steps_are_logged_too(steps, logged, tiny_llama, pairs_file, tm
         assert [int(row["step"]) for row in csv.DictReader(rows)] == logged
 
 
+def test_measuring_a_model_against_itself_is_announced(tiny_llama, pairs_file, tmp_path, caplog):
+    """`validate` copies the policy as reference: every margin is 0. Training does the same on purpose, without a word."""
+    trainer(tmp_path, max_steps=1, limit_val_batches=1.0).fit(stage(tiny_llama), data(pairs_file))
+    assert "by construction" not in caplog.text
+    trainer(tmp_path, limit_val_batches=1.0).validate(stage(tiny_llama), data(pairs_file), verbose=False)
+    assert "margins are 0 and accuracies one half by construction" in caplog.text
+
+
 def test_a_discount_is_a_factor(tiny_llama):
     with pytest.raises(ValueError, match=r"discount is a factor per token in \[0, 1\], got 1.5"):
         stage(tiny_llama, discount=1.5)

@@ -177,7 +177,7 @@ class ERM(_ClosedForm):
         weights ∝ p exp(μx)
 
     As step risk it is the Rényi divergence of order 1 + μ. `mu=-1` gives weights = policy and risk 0, so that a
-    risk-aware loss becomes DPO. A risk aversion on the scale of values becomes `mu = mu_value / beta` here.
+    risk-aware loss becomes DPO. A risk aversion on the scale of values becomes `mu = mu_value * beta` here.
 
     Args:
         mu: per nat of log-ratio; 0, between 1e-30 and 1e30, or exactly −1.

@@ -65,6 +65,7 @@ def write_report(
     models: Sequence[ModelRecord],
     *,
     metrics: Mapping[str, Path] | None = None,
+    about: Sequence[Mapping[str, str]] = (),
     show_examples: bool = False,
     draw_figures: bool = True,
     resamples: int = 1000,
@@ -74,6 +75,7 @@ def write_report(
 
     Args:
         metrics: step -> metrics.csv; default: those of `run_dir/<step>/` that exist.
+        about: what was run, one row per step with the same columns.
         show_examples: print answers of the models. Off by default: answers to real safety prompts may be harmful.
 
     Raises:
@@ -94,7 +96,7 @@ def write_report(
         costs = {name: column.values for name, rows in samples.items() if (column := columns(rows)["cost"]) is not None}
         pictures = figures.draw_all(run_dir, found, metrics, costs)
     further = {name: further_figures(rows) for name, rows in samples.items()}
-    text = wording.report(found, changes(models, samples, resamples, seed), further, pictures)
+    text = wording.report(found, changes(models, samples, resamples, seed), further, pictures, about)
     if show_examples:
         text += "\n" + wording.examples(_examples(samples))
     write_text(run_dir / "report.md", text)
@@ -160,6 +162,8 @@ def further_figures(samples: Sequence[Sample]) -> dict[str, float] | None:
     return {
         "expected_excess": tail.expected_excess(costs).item(),
         "worst_of_n": tail.worst_of_n(costs, prompts).mean().item(),
+        "unsafe_answers": int((costs > 0).sum()),
+        "largest_cost": costs.max().item(),
         "unsafe_upper": tail.clopper_pearson_upper(int((costs > 0).sum()), len(costs)),
         "cantelli_0.95": tail.cantelli_bound(costs, 0.95).item(),
     }
