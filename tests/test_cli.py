@@ -139,6 +139,13 @@ def test_bad_data_is_one_line_with_the_file(name, tmp_path, capsys):
     assert "Traceback" not in message
 
 
+def test_bad_data_leaves_no_folder_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _ = rsa("fit", "-c", REWARD, "--data.path", wrong_columns(tmp_path), capsys=capsys)
+    assert status == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["columns.jsonl"]
+
+
 SETTING_MISTAKES = {
     "temperature twice": (["--model.loss.beta", "0.3"], "the temperature of the safety stage is given twice"),
     "temperature of zero": (["--model.beta", "0"], "beta: a temperature must be a positive number, got 0"),

@@ -122,6 +122,10 @@ class PreferenceData(L.LightningDataModule):
                 "give it preference pairs, or use this file for a warm-up"
             )
 
+    def prepare_data(self) -> None:
+        """Reads on the first process of a node before Lightning opens its log folders: bad data leaves none behind."""
+        self.setup()
+
     def train_dataloader(self) -> DataLoader[PreferenceBatch]:
         """Batches in the order of `PairBatches`, which continues where the trainer stands."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
