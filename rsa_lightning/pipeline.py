@@ -66,6 +66,11 @@ class Run:
     def execute(self) -> dict[str, Any]:
         # everything that can be wrong with the configuration is found before the run directory is touched ...
         check_spec(self.config.model)
+        if self.config.model.model and not Path(self.config.model.model).is_dir():
+            raise FileNotFoundError(
+                f"model.model is {self.config.model.model!r}, which is no folder here: rsa align hashes its models, so "
+                "download it first and name the folder"
+            )
         assessment = Assessment(self.config, self.folder, self.manifest, self.console)
         stages = {name: self._build(name).model for name in self.config.steps}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +215,13 @@ class Run:
                 folder=self.folder / name,
                 progress_bar=sys.stdout.isatty(),
             )
-            return FitCLI(config)
+            cli = FitCLI(config)
+            if cli.trainer.world_size > 1:
+                raise ValueError(
+                    f"rsa align runs in one process, trainer.devices asks for {cli.trainer.world_size}: run a step's "
+                    "config.yaml with rsa fit for more"
+                )
+            return cli
         except (ValueError, OSError, ArgumentError, MisconfigurationException) as error:
             raise ValueError(f"steps.{name}: {plain_message(error)}") from error
 

@@ -373,6 +373,22 @@ def test_the_whole_configuration_is_checked_before_anything_is_written(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"model": "somebody/some-model"}}, "is no folder here: .*download it first and name the folder"),
+        (
+            {"trainer": {"devices": 2, "accelerator": "cpu"}},
+            "rsa align runs in one process, trainer.devices asks for 2",
+        ),
+    ],
+)
+def test_what_a_run_cannot_do_is_said_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(STORIES, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(
