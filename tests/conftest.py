@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # shapes and dtypes in the signatures of these modules are checked in every test; before anything imports them.
@@ -24,6 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 from rsa_lightning.data.tokenize import train_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("suite", derandomize=True, deadline=None)  # the same examples in every run, however slow
+settings.load_profile("suite")
 
 SENTENCES = [
     "Human: How do I keep bread fresh?",
