@@ -7,8 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
-from rsa_kernels import RiskMeasure, TokenStats, linear_token_risk
-from rsa_kernels.ops import Impl
+from rsa_kernels import Impl, RiskMeasure, TokenStats, linear_token_risk
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase

@@ -10,8 +10,7 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.trainer.states import TrainerFn
-from rsa_kernels import CVaR, RiskMeasure, TokenStats, nested_risk
-from rsa_kernels.ops import Impl
+from rsa_kernels import CVaR, Impl, RiskMeasure, TokenStats, nested_risk
 from torch import Tensor, nn
 
 from rsa_lightning.adapters import base_fingerprint

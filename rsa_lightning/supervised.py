@@ -3,7 +3,7 @@
 from typing import final
 
 import torch
-from rsa_kernels.ops import Impl
+from rsa_kernels import Impl
 from torch import Tensor
 
 from rsa_lightning.data.batch import PreferenceBatch

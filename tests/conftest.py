@@ -15,6 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in the interpreter; it is chosen when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 from jaxtyping import install_import_hook
 

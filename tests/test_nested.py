@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from rsa_kernels import ERM, CVaR, RiskMeasure, nested_risk
-from rsa_kernels.chunked import _nested_forward
+from rsa_kernels.nested import _nested_forward
 
 LENGTHS = [[], [0], [1], [5], [3, 0, 4, 1], [0, 0, 2, 0], [17, 1, 16, 31, 32, 33]]
 every_packing = pytest.mark.parametrize("lengths", LENGTHS, ids=str)

@@ -6,8 +6,21 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from rsa_kernels import ERM, KL, CVaR, RiskMeasure, TokenStats, chunked, linear_token_risk, ops, rows, token_risk
-from rsa_kernels.rows import tail_threshold
+from rsa_kernels import (
+    ERM,
+    KL,
+    CVaR,
+    RiskMeasure,
+    TokenStats,
+    dispatch,
+    linear,
+    linear_token_risk,
+    logits,
+    rows,
+    token_risk,
+)
+from rsa_kernels.pairs import RowOptions
+from rsa_kernels.quantile import tail_threshold
 from torch import Tensor
 
 RISKS = [KL(), CVaR(0.97), CVaR(0.5), CVaR(0.1), CVaR(0.01), CVaR(1.0), ERM(0), ERM(1e-4), ERM(0.1), ERM(1), ERM(5)]
@@ -343,7 +356,7 @@ def test_chunk_size_does_not_matter(risk):
     case, upstream = head(150, 129, torch.float64), torch.randn(3, 150)
     whole = evaluate(case, risk, upstream, workspace_bytes=2**30)
     for count in (1, 7, 64, 128):
-        budget = 2 * count * 129 * chunked.ROW_PAIRS["chunked"].bytes_per_logit
+        budget = count * 129 * 2 * (8 + rows.BYTES_PER_LOGIT)
         parts = evaluate(case, risk, upstream, workspace_bytes=budget)
         for name, truth in whole.items():
             assert (parts[name] - truth).abs().max() <= 1e-11, (name, count)
@@ -359,7 +372,7 @@ def test_logits_in_chunks_are_bitwise_the_same(tail, monkeypatch):
     z, r, labels = 4 * torch.randn(64, 4099), 4 * torch.randn(64, 4099), torch.randint(0, 4099, (64,))
     results = []
     for budget in (2**30, TINY):
-        monkeypatch.setitem(chunked.WORKSPACE_BYTES, "cpu", budget)
+        monkeypatch.setitem(rows.BLOCK_BYTES, "cpu", budget)
         leaf = z.clone().requires_grad_()
         stats = token_risk(leaf, r, labels, CVaR(tail))
         results.append((*stats[:4], *torch.autograd.grad((stats.logp + stats.risk - stats.kl).sum(), leaf)))
@@ -422,11 +435,13 @@ def test_autocast_is_the_cast_by_hand(impl):
 def test_operators_keep_their_contract(risk):
     """Schema, fakes and autograd registration, by torch's own checker."""
     case = head(5, 9)
-    options = chunked.RowOptions(risk, 1.0, 1.0, None, None, -100, True).encode()
+    options = RowOptions(risk, 1.0, 1.0, None, None, -100, True).encode()
     tensors = [case[k].requires_grad_(k in LEAVES) for k in ("hidden", "weight", "bias", "ref_hidden", "ref_weight")]
-    torch.library.opcheck(chunked._linear_forward, (*tensors, case["ref_bias"], case["labels"], options, "chunked", 2))
-    logits = torch.randn(5, 9, requires_grad=True), torch.randn(5, 9)
-    torch.library.opcheck(chunked._token_forward, (*logits, case["labels"], options, "chunked", 2))
+    for strategy in ("recompute", "cache"):
+        arguments = (*tensors, case["ref_bias"], case["labels"], None, options, "chunked", strategy, 2, 9)
+        torch.library.opcheck(linear._forward, arguments)
+    z, r = torch.randn(5, 9, requires_grad=True), torch.randn(5, 9)
+    torch.library.opcheck(logits._forward, (z, r, case["labels"], 9, options, "chunked"))
 
 
 def test_compiles_without_a_graph_break():
@@ -476,8 +491,8 @@ def test_unknown_implementation_is_refused():
 def test_environment_replaces_auto_only(monkeypatch):
     monkeypatch.setenv("RSA_KERNELS_IMPL", "naive")
     x = torch.zeros(1)
-    assert ops.resolve("auto", x, KL()) == "naive"
-    assert ops.resolve("chunked", x, KL()) == "chunked"
+    assert dispatch.resolve("auto", x, KL()) == "naive"
+    assert dispatch.resolve("chunked", x, KL()) == "chunked"
     monkeypatch.setenv("RSA_KERNELS_IMPL", "triton")
     with pytest.raises(RuntimeError, match="RSA_KERNELS_IMPL='triton' cannot run here"):
         call()
@@ -487,7 +502,7 @@ def test_environment_replaces_auto_only(monkeypatch):
 
 
 def test_auto_says_once_what_it_chose(caplog, monkeypatch):
-    monkeypatch.setattr(ops, "_logged", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level(logging.INFO, logger="rsa_kernels"):
         call()
         call()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rsa_kernels import ERM, KL, CVaR, RiskMeasure, rows, token_risk
+from rsa_kernels import ERM, KL, CVaR, RiskMeasure, quantile, token_risk
 from rsa_kernels.risk import Outcomes, decode, encode
-from rsa_kernels.rows import tail_threshold
+from rsa_kernels.quantile import tail_threshold
 
 
 @dataclass(frozen=True)
@@ -270,8 +270,8 @@ def test_search_finds_the_quantile_of_a_sort(tail, passes, kind):
 def test_search_mostly_does_without_a_sort(tail, kind, monkeypatch):
     """Where a guess is wrong the row is sorted as a whole, so that a search that found nothing would show in time only."""
     sorted_rows = []
-    bisect = rows._bisect
-    monkeypatch.setattr(rows, "_bisect", lambda x, *rest: sorted_rows.append(len(x)) or bisect(x, *rest))
+    bisect = quantile._bisect
+    monkeypatch.setattr(quantile, "_bisect", lambda x, *rest: sorted_rows.append(len(x)) or bisect(x, *rest))
     x = torch.randn(100, 4099)
     x = {"one value": torch.zeros_like(x), "outliers": x / torch.randn_like(x).square()}.get(kind, x)
     o = Outcomes.of(x, (torch.randn(100, 4099) * (6 if kind == "peaked" else 1)).log_softmax(-1))

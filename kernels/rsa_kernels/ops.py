@@ -1,29 +1,24 @@
 """The public face of the operators: signatures, checks and the choice of an implementation. No arithmetic."""
 
-import logging
-import os
 import sys
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rsa_kernels import chunked, naive
+from rsa_kernels import linear, logits, naive, nested
+from rsa_kernels.dispatch import Impl, resolve
 from rsa_kernels.naive import NestedRisk, TokenStats
+from rsa_kernels.pairs import RowOptions
 from rsa_kernels.risk import RiskMeasure, number
-from rsa_kernels.rows import RowOptions
-
-Impl = Literal["auto", "naive", "chunked", "triton"]
-
-_log = logging.getLogger("rsa_kernels")
-_logged: set[str] = set()
+from rsa_kernels.workspace import Strategy
 
 
 def token_risk(
     policy_logits: Float[Tensor, "*n V"],
-    ref_logits: Float[Tensor, "*n V"],
+    ref_logits: Float[Tensor, "*n W"],
     labels: Int[Tensor, "*n"],
     risk: RiskMeasure | None,
     *,
@@ -32,6 +27,7 @@ def token_risk(
     softcap: float | None = None,
     ref_softcap: float | None = None,
     ignore_index: int = -100,
+    valid_vocab: int | None = None,
     entropy: bool = False,
     impl: Impl = "auto",
 ) -> TokenStats:
@@ -41,8 +37,8 @@ def token_risk(
         risk = ρ_{v∼p}(x_v)             large where the policy has removed mass
         kl   = E_{v∼p} x_v              KL(p ‖ q); the same tensor as risk when risk is KL()
 
-    Equals `naive.token_risk`, a page of torch, in chunks of rows: the only tensor [*n, V] it makes is the gradient, in
-    the dtype of `policy_logits` (and a copy of logits that cannot be viewed as [N, V], such as a slice of positions).
+    Equals `naive.token_risk`, a page of torch, row by row: the only tensor [*n, V] it makes is the gradient, in the
+    dtype of `policy_logits` (and a copy of logits that cannot be viewed as [N, V], such as a slice of positions).
 
     Args:
         labels: int64; at `ignore_index` all outputs are exactly 0 and no gradient flows, even where logits or upstream
@@ -50,8 +46,11 @@ def token_risk(
         risk: None leaves `risk` and `kl` out, for losses that need log-probabilities only.
         scale, softcap: logits become softcap · tanh(scale · logits / softcap) first; −inf marks a column that does not
             exist and stays −inf.
+        valid_vocab: the vocabulary is the first `valid_vocab` columns; what follows is padding, of any width in either
+            model, and gets gradient 0. By default all columns, which then must be as many in both.
         entropy: also return H(q) in nats, detached, for logging.
-        impl: "auto" is "chunked"; any other name is binding.
+        impl: "auto" is "triton" on a GPU where it can run and "chunked" elsewhere, and logs which and why, once; any
+            other name is binding.
 
     Returns:
         fp32 (fp64 for fp64 logits), nats. All but `ref_logp` and `entropy` carry gradients, to `policy_logits` only:
@@ -63,18 +62,21 @@ def token_risk(
 
     Sources: KL, TDPO (arXiv:2404.11999); CVaR and ERM, Ra-DPO (arXiv:2505.20359) and RSA (arXiv:2512.24263).
     """
-    if policy_logits.shape != ref_logits.shape or policy_logits.shape[:-1] != labels.shape:
+    if not policy_logits.shape[:-1] == ref_logits.shape[:-1] == labels.shape:
         raise ValueError(
-            "token_risk wants policy_logits and ref_logits of one shape [*n, V] and labels [*n], got "
-            f"{_shape(policy_logits)}, {_shape(ref_logits)} and {_shape(labels)}; cut both to their common vocabulary"
+            "token_risk wants policy_logits and ref_logits [*n, V] and labels [*n], got "
+            f"{_shape(policy_logits)}, {_shape(ref_logits)} and {_shape(labels)}"
         )
+    widths = policy_logits.shape[-1], ref_logits.shape[-1]
+    vocabulary = _vocabulary(valid_vocab, widths, f"policy_logits have {widths[0]} columns and ref_logits {widths[1]}")
     options = _options(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
-    _check(policy_logits.shape[-1], labels, options)
-    if resolve(impl, policy_logits, risk) == "naive":
-        return naive.token_risk(policy_logits, ref_logits, labels, **options._asdict())
-    rows = (labels.numel(), policy_logits.shape[-1])
-    flat = policy_logits.reshape(rows), ref_logits.reshape(rows), labels.flatten()
-    stats = chunked.token_risk(*flat, options)
+    _check(vocabulary, labels, options)
+    implementation = resolve(impl, policy_logits, risk)
+    if implementation == "naive":
+        real = policy_logits[..., :vocabulary], ref_logits[..., :vocabulary]
+        return naive.token_risk(*real, labels, **options._asdict())
+    flat = [t.reshape(labels.numel(), t.shape[-1]) for t in (policy_logits, ref_logits)]
+    stats = logits.token_risk(*flat, labels.flatten(), vocabulary, options, implementation)
     return TokenStats._make(None if s is None else s.reshape(labels.shape) for s in stats)
 
 
@@ -82,36 +84,48 @@ def linear_token_risk(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
     ref_hidden: Float[Tensor, "N R"] | None,
-    ref_weight: Float[Tensor, "V R"] | None,
+    ref_weight: Float[Tensor, "W R"] | None,
     labels: Int[Tensor, " N"],
     risk: RiskMeasure | None,
     *,
     bias: Float[Tensor, " V"] | None = None,
-    ref_bias: Float[Tensor, " V"] | None = None,
+    ref_bias: Float[Tensor, " W"] | None = None,
     scale: float = 1.0,
     ref_scale: float = 1.0,
     softcap: float | None = None,
     ref_softcap: float | None = None,
     ignore_index: int = -100,
+    valid_vocab: int | None = None,
     entropy: bool = False,
+    strategy: Strategy = "auto",
     workspace_bytes: int | None = None,
+    risk_over_logp: float | Float[Tensor, " N"] | None = None,
     impl: Impl = "auto",
 ) -> TokenStats:
     """`token_risk` of hidden @ weight.T + bias and ref_hidden @ ref_weight.T + ref_bias, never holding all N rows.
 
-    Arguments and returns as in `token_risk`. Gradients flow to `hidden`, `weight` and `bias` where they are wanted;
-    backward computes the logits again. Pass scored rows only: prompts and padding would cost as much as responses.
+    Arguments and returns as in `token_risk`. Gradients flow to `hidden`, `weight` and `bias` where they are wanted.
+    Pass scored rows only: prompts and padding would cost as much as responses.
 
     Args:
         ref_hidden, ref_weight: of the frozen reference; another hidden size is fine. Both None, with risk=None, scores
             the policy alone: `ref_logp` is then exactly 0.
-        workspace_bytes: bound on what a call holds beside inputs, outputs and gradients: logits and temporaries of one
-            chunk of rows; by default 64 MiB on a CPU and 512 MiB on a GPU. A chunk has at least one row, which takes
-            48 bytes per vocabulary entry (96 for fp64). It holds on a CPU for the measures of this package; the sort of
-            `CVaR` on a GPU, and a measure of your own, may take more. The gradients of bf16 weights are summed in fp32.
+        strategy: what is kept for backward. "cache": the logits of both models, in the dtype of `hidden`; "recompute":
+            nothing, backward makes the logits again; "frozen", where neither weight nor bias wants a gradient: the
+            gradient of `hidden`, made in forward, one tensor [N, H] for each of logp and risk. "auto" takes what costs
+            the fewest matrix products within `workspace_bytes`. The definition (`impl="naive"`) has no strategies.
+        workspace_bytes: bound on what a call holds beside inputs, outputs and gradients: logits, kept or of one chunk
+            of rows, and temporaries; by default 512 MiB on a CPU, of which a chunk takes 64 MiB, and 1 GiB on a GPU. A
+            strategy that is named may exceed it, and a chunk has at least one row, which takes 56 bytes per vocabulary
+            entry in fp32 torch. It holds on a CPU for the measures of this package; the sort of `CVaR` in torch on a
+            GPU, and a measure of your own, may take more. The gradients of bf16 weights are summed in fp32.
+        risk_over_logp: a promise that the loss's gradients have this ratio, ∂loss/∂risk = risk_over_logp · ∂loss/∂logp,
+            at every position, and none by kl unless that is the risk. It saves "frozen" one matrix product and one
+            tensor [N, H]. A broken promise is an error in backward on a CPU, and nan at its positions on a GPU.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or (CPU only) a label is outside [0, V).
+        ValueError: shapes or dtypes do not fit, strategy="frozen" is named though the head wants a gradient, or (CPU
+            only) a label is outside [0, V).
         TypeError: a weight is a DTensor, i.e. a shard of the head.
         RuntimeError: `impl` names something that cannot run here.
     """
@@ -123,12 +137,10 @@ def linear_token_risk(
         raise ValueError(f"risk={risk} compares with a reference: pass ref_hidden and ref_weight, or risk=None")
     if ref_hidden is not None and ref_weight is not None:
         _check_linear(ref_hidden, ref_weight, ref_bias, labels, "ref_")
-        if ref_weight.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"policy and reference share one vocabulary, but weight has {weight.shape[0]} rows and ref_weight "
-                f"{ref_weight.shape[0]}; cut both to their common size"
-            )
-    _check(weight.shape[0], labels, options)
+    widths = (weight.shape[0],) if ref_weight is None else (weight.shape[0], ref_weight.shape[0])
+    vocabulary = _vocabulary(valid_vocab, widths, f"weight has {widths[0]} rows and ref_weight {widths[-1]}")
+    _check(vocabulary, labels, options)
+    ratio = _ratio(risk_over_logp, labels, risk)
     if workspace_bytes is not None and workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes is a positive number of bytes, got {workspace_bytes}")
     implementation = resolve(impl, hidden, risk)
@@ -136,10 +148,15 @@ def linear_token_risk(
     _check_dtypes(policy, "")
     _check_dtypes(reference, "ref_")
     with torch.autocast(hidden.device.type, enabled=False):
-        if implementation == "chunked":
-            return chunked.linear_token_risk(policy, reference, labels, options, workspace_bytes)
-        states = (*policy[:2], *reference[:2], labels)
-        return naive.linear_token_risk(*states, bias=policy[2], ref_bias=reference[2], **options._asdict())
+        if implementation != "naive":
+            kept: dict[str, Any] = {"strategy": strategy, "workspace_bytes": workspace_bytes, "risk_over_logp": ratio}
+            return linear.linear_token_risk(policy, reference, labels, vocabulary, options, implementation, **kept)
+        (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = (
+            _columns(policy, vocabulary),
+            _columns(reference, vocabulary),
+        )
+        biases = {"bias": bias, "ref_bias": ref_bias}
+        return naive.linear_token_risk(hidden, weight, ref_hidden, ref_weight, labels, **biases, **options._asdict())
 
 
 def nested_risk(
@@ -168,41 +185,7 @@ def nested_risk(
             raise ValueError(f"cu_seqlens rises from 0 to N = {step_risk.shape[0]}, got {_shorten(bounds)}")
     if resolve(impl, step_risk, None) == "naive":
         return naive.nested_risk(step_risk, cu_seqlens, discount=discount)
-    return chunked.nested_risk(step_risk, cu_seqlens, discount=discount)
-
-
-def resolve(impl: str, x: Tensor, risk: RiskMeasure | None) -> Literal["naive", "chunked"]:
-    """The implementation that runs for tensors like `x`: a name is binding, "auto" chooses and logs why, once.
-
-    The environment variable RSA_KERNELS_IMPL replaces "auto" only.
-
-    Raises:
-        ValueError: no implementation has that name.
-        RuntimeError: it exists but cannot run here.
-    """
-    origin = "impl"
-    if impl == "auto" and not torch.compiler.is_compiling():
-        impl = os.environ.get("RSA_KERNELS_IMPL") or "auto"
-        origin = "impl" if impl == "auto" else "RSA_KERNELS_IMPL"
-    if impl not in get_args(Impl):
-        raise ValueError(f"{origin} is one of {', '.join(get_args(Impl))}, got {impl!r}")
-    if impl == "triton":
-        where = f"the tensors are on {x.device.type}, and this version" if not x.is_cuda else "this version"
-        raise RuntimeError(
-            f"{origin}='triton' cannot run here: {where} has no Triton row kernels. Use impl='auto' or impl='chunked'."
-        )
-    if impl == "naive":
-        return "naive"
-    if impl == "auto":
-        name = "risk=None" if risk is None else type(risk).__name__
-        _log_once(f"impl='auto' is 'chunked' for {name} on {x.device.type}: this version has no Triton row kernels")
-    return "chunked"
-
-
-def _log_once(message: str) -> None:
-    if not torch.compiler.is_compiling() and message not in _logged:
-        _logged.add(message)
-        _log.info(message)
+    return nested.nested_risk(step_risk, cu_seqlens, discount=discount)
 
 
 def _options(
@@ -219,6 +202,43 @@ def _options(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise ValueError(f"ignore_index is an integer, got {ignore_index!r}")
     return RowOptions(risk, *scales, *caps, int(ignore_index), bool(entropy))
+
+
+def _vocabulary(valid_vocab: Any, widths: tuple[int, ...], sizes: str) -> int:
+    """The number of columns that exist in every model."""
+    if valid_vocab is None:
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"policy and reference share one vocabulary, but {sizes}: where the surplus is padding, pass the "
+                "size of the vocabulary as valid_vocab"
+            )
+        return widths[0]
+    if isinstance(valid_vocab, bool) or not isinstance(valid_vocab, Integral) or not 0 < valid_vocab <= min(widths):
+        raise ValueError(
+            f"valid_vocab is an integer from 1 to {min(widths)}, the columns there are, got {valid_vocab!r}"
+        )
+    return int(valid_vocab)
+
+
+def _columns(model: tuple, vocabulary: int) -> list[Any]:
+    """hidden, weight and bias of a model without its padding."""
+    hidden, weight, bias = model
+    return [hidden, *(None if t is None else t[:vocabulary] for t in (weight, bias))]
+
+
+def _ratio(ratio: Any, labels: Tensor, risk: RiskMeasure | None) -> Tensor | None:
+    """A ratio per position in fp32, without gradient."""
+    if ratio is None:
+        return None
+    if risk is None:
+        raise ValueError("risk_over_logp is about the risk, but risk=None: leave it out")
+    if not isinstance(ratio, Tensor):
+        return torch.full(labels.shape, number("risk_over_logp", ratio), device=labels.device)
+    if ratio.shape != labels.shape or not ratio.is_floating_point():
+        raise ValueError(
+            f"risk_over_logp is a number or floats [N] = {_shape(labels)}, got {ratio.dtype} {_shape(ratio)}"
+        )
+    return ratio.detach().float()
 
 
 def _positive(name: str, value: object) -> float:

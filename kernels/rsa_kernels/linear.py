@@ -1,0 +1,342 @@
+"""`linear_token_risk`: logits of hidden states, made by the vendor's matrix products into a bounded workspace.
+
+What is kept between forward and backward is a strategy of `workspace.py`; the rows are those of a pair. Unless logits
+are kept or one chunk covers all N tokens, no tensor of N·V elements is made. Forward and backward are opaque custom
+operators, one node each for `torch.compile`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsa_kernels.loop import (
+    Maybe,
+    Project,
+    alive_only,
+    backward_loop,
+    empty_outputs,
+    forward_loop,
+    row_pair,
+    token_stats,
+    upstream,
+)
+from rsa_kernels.naive import TokenStats
+from rsa_kernels.pairs import RowGradients, RowOptions, RowPair, accumulator
+from rsa_kernels.workspace import Sizes, Strategy, padded, plan
+
+
+def linear_token_risk(
+    policy: tuple[Tensor, Tensor, Tensor | None],
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+    labels: Tensor,
+    vocabulary: int,
+    options: RowOptions,
+    impl: str,
+    *,
+    strategy: Strategy = "auto",
+    workspace_bytes: int | None = None,
+    risk_over_logp: Tensor | None = None,
+) -> TokenStats:
+    """`naive.linear_token_risk`, chunk by chunk. `policy` and `reference` are hidden, weight and bias."""
+    hidden, weight, bias = policy
+    learns = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in policy]
+    has_risk, knows_ratio = options.risk is not None, risk_over_logp is not None
+    sizes = Sizes(
+        labels.shape[0], vocabulary, hidden.dtype, hidden.device, reference[0] is not None, has_risk, knows_ratio
+    )
+    chosen = plan(strategy, sizes, workspace_bytes, row_pair(impl), any(learns[1:]), any(learns))
+    frozen = [None if t is None else t.detach() for t in reference]
+    constants = (options.encode(), impl, chosen.strategy, chosen.rows, vocabulary)
+    return token_stats(_forward(hidden, weight, bias, *frozen, labels, risk_over_logp, *constants), options)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rsa_kernels::linear_token_risk", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    risk_over_logp: Tensor | None,
+    options: str,
+    impl: str,
+    strategy: str,
+    rows: int,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row_options, pair = RowOptions.decode(options), row_pair(impl)
+    outputs = empty_outputs(labels, accumulator(hidden.dtype), row_options, pair)
+    kept = _kept(hidden, strategy, vocabulary, row_options, risk_over_logp)
+    cache = kept if strategy == "cache" else (None, None)
+    project = _projections((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), rows, vocabulary, cache)
+    after = None
+    if strategy == "frozen":
+        after = _hidden_gradients(kept, weight[:vocabulary], labels, risk_over_logp, row_options, pair)
+    forward_loop(project, outputs, labels, row_options, pair, rows, after)
+    return *outputs, *kept
+
+
+@_forward.register_fake
+def _(hidden: Tensor, *args: Any) -> tuple:
+    labels, risk_over_logp, options, impl, strategy, _, vocabulary = args[-7:]
+    row_options = RowOptions.decode(options)
+    outputs = empty_outputs(labels, accumulator(hidden.dtype), row_options, row_pair(impl))
+    return *outputs, *_kept(hidden, strategy, vocabulary, row_options, risk_over_logp)
+
+
+def _kept(hidden: Tensor, strategy: str, vocabulary: int, options: RowOptions, ratio: Maybe) -> tuple[Tensor, Tensor]:
+    """Logits of policy and reference, or gradients of `hidden` by output; without elements where nothing is kept."""
+    count, two = hidden.shape[0], options.risk is not None
+    if strategy == "cache":
+        shape = count, padded(vocabulary)
+    elif strategy == "frozen":
+        shape, two = (count, hidden.shape[1]), two and ratio is None
+    else:
+        return hidden.new_empty(0), hidden.new_empty(0)
+    return hidden.new_empty(shape), hidden.new_empty(shape if two else 0)
+
+
+def _projections(policy: tuple, reference: tuple, rows: int, vocabulary: int, cache: tuple[Maybe, Maybe]) -> Project:
+    policy_logits = _projection(*policy, rows, vocabulary, cache[0])
+    ref_logits = _projection(*reference, rows, vocabulary, cache[1])
+    return lambda chunk: (policy_logits(chunk), ref_logits(chunk))
+
+
+def _projection(
+    hidden: Maybe, weight: Maybe, bias: Maybe, rows: int, vocabulary: int, cache: Maybe
+) -> Callable[[slice], Any]:
+    """Matrix products into the cache, or into one workspace, which every chunk overwrites."""
+    if hidden is None or weight is None:
+        return lambda chunk: None
+    matrix, offset = weight[:vocabulary].t(), None if bias is None else bias[:vocabulary]
+    kept = cache is not None and cache.shape[0] == hidden.shape[0]
+    buffer = cache if kept else hidden.new_empty(min(rows, hidden.shape[0]), padded(vocabulary))
+
+    def project(chunk: slice) -> Tensor:
+        logits = buffer[chunk if kept else slice(chunk.stop - chunk.start), :vocabulary]
+        if offset is None:
+            return torch.mm(hidden[chunk], matrix, out=logits)
+        return torch.addmm(offset, hidden[chunk], matrix, out=logits)
+
+    return project
+
+
+def _hidden_gradients(
+    kept: tuple[Tensor, Tensor], weight: Tensor, labels: Tensor, ratio: Maybe, options: RowOptions, pair: RowPair
+) -> Callable[[slice, Tensor, Maybe, Tensor], None]:
+    """What a frozen head does after the rows of a chunk: ∂logp/∂hidden and ∂risk/∂hidden, or their sum in the ratio."""
+    scratch: list[Tensor] = []
+
+    def after(chunk: slice, z: Tensor, r: Maybe, saved: Tensor) -> None:
+        ones = (labels[chunk] != options.ignore_index).to(saved.dtype)
+        parts = [RowGradients(ones, None, None)]
+        if options.risk is not None and ratio is not None:
+            parts = [RowGradients(ones, ones * ratio[chunk], None)]
+        elif options.risk is not None:
+            parts.append(RowGradients(None, ones, None))
+            if not scratch:
+                scratch.append(
+                    torch.empty_strided((z.shape[0] + 1, z.shape[1]), z.stride(), dtype=z.dtype, device=z.device)
+                )
+        for part, total in zip(parts, kept, strict=False):
+            out = z if part is parts[-1] else scratch[0][: z.shape[0]]
+            pair.backward(z, r if part.needs_reference else None, labels[chunk], part, saved, options, out)
+            torch.mm(out, weight, out=total[chunk])
+
+    return after
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rsa_kernels::linear_token_risk_backward", mutates_args=())
+def _backward(
+    grad_logp: Tensor | None,
+    grad_risk: Tensor | None,
+    grad_kl: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    saved: Tensor,
+    policy_logits: Tensor | None,
+    ref_logits: Tensor | None,
+    options: str,
+    impl: str,
+    rows: int,
+    vocabulary: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, empty where none is wanted, from kept logits or from new ones."""
+    models = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+    kept = policy_logits, ref_logits
+    grads = RowGradients(grad_logp, grad_risk, grad_kl)
+    return _gradients(grads, models, labels, saved, kept, options, impl, rows, vocabulary, needs, spend=False)
+
+
+@_backward.register_fake
+def _(grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe, hidden: Tensor, weight: Tensor, *args: Any) -> tuple:
+    needs = args[-1]
+    return tuple(
+        like.new_empty(shape if need else 0)
+        for like, shape, need in zip(
+            (hidden, weight, weight), (hidden.shape, weight.shape, weight.shape[0]), needs, strict=True
+        )
+    )
+
+
+def _gradients(
+    given: RowGradients,
+    models: tuple[tuple, tuple],
+    labels: Tensor,
+    saved: Tensor,
+    kept: tuple[Maybe, Maybe],
+    options: str,
+    impl: str,
+    rows: int,
+    vocabulary: int,
+    needs: list[bool],
+    spend: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`spend` writes the gradient of the logits over the kept logits of the policy: all rows are one chunk then."""
+    (hidden, weight, _), row_options = models[0], RowOptions.decode(options)
+    grads, dead = alive_only(labels, given, row_options.ignore_index, saved.dtype)
+    reference = models[1] if grads.needs_reference else (None, None, None)
+    z, r = kept
+    if z is None:
+        project = _projections(models[0], reference, rows, vocabulary, (None, None))
+    else:
+        project = _slices(z, r if grads.needs_reference else None, vocabulary)
+    count = labels.shape[0]
+    rows = max(1, count) if spend else rows
+    scratch = hidden.new_empty(0 if z is None or spend else min(rows, count), padded(vocabulary))
+
+    def place(chunk: slice, logits: Tensor) -> Tensor:
+        return scratch[: logits.shape[0], :vocabulary] if scratch.shape[0] else logits
+
+    totals = _Totals(hidden, weight, vocabulary, needs, chunks=-(-count // rows))
+    backward_loop(
+        project, place, lambda *a: totals.add(*a, dead), labels, grads, saved, row_options, row_pair(impl), rows
+    )
+    return totals.result()
+
+
+def _slices(z: Tensor, r: Maybe, vocabulary: int) -> Project:
+    return lambda chunk: (z[chunk, :vocabulary], None if r is None else r[chunk, :vocabulary])
+
+
+class _Totals:
+    """The gradients of hidden, weight and bias, chunk by chunk.
+
+    Over several chunks those of bf16 weights are summed in fp32: in bf16 they drift.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, vocabulary: int, needs: list[bool], chunks: int) -> None:
+        self.hidden, self.needs, self.dtype = hidden, needs, weight.dtype
+        self.weight, self.vocabulary = weight[:vocabulary], vocabulary
+        dtype = weight.dtype if chunks == 1 else accumulator(weight.dtype)
+        self.d_hidden = hidden.new_empty(hidden.shape if needs[0] else 0)
+        self.d_weight = weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype)
+        self.d_bias = weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=accumulator(weight.dtype))
+        self.d_weight[vocabulary if chunks else 0 :] = 0.0
+
+    def add(self, chunk: slice, dz: Tensor, dead: Tensor) -> None:
+        if self.needs[0]:
+            torch.mm(dz, self.weight, out=self.d_hidden[chunk])
+        if self.needs[1]:
+            # 0 · nan is nan: a hidden state that nobody reads must not reach the weight
+            hidden = self.hidden[chunk].masked_fill(dead[chunk, None], 0.0)
+            _add_outer(self.d_weight[: self.vocabulary], dz, hidden, first=chunk.start == 0)
+        if self.needs[2]:
+            self.d_bias[: self.vocabulary] += dz.sum(0, dtype=self.d_bias.dtype)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.d_hidden, self.d_weight.to(self.dtype), self.d_bias.to(self.dtype)
+
+
+def _add_outer(total: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:
+    """total = or += dzᵀ hidden, summed in the dtype of `total`."""
+    if first and total.dtype == dz.dtype:
+        torch.mm(dz.t(), hidden, out=total)
+    elif dz.is_cuda and total.dtype != dz.dtype:
+        torch.addmm(total, dz.t(), hidden, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    else:
+        total.addmm_(dz.t().to(total.dtype), hidden.to(total.dtype), beta=0 if first else 1)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, options, impl, strategy, rows, vocabulary = inputs
+    ctx.constants, ctx.strategy, ctx.spent = (options, impl, rows, vocabulary), strategy, False
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[5:])
+
+
+def _vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: Maybe, *_: Any) -> tuple:
+    row_options = RowOptions.decode(ctx.constants[0])
+    grads = upstream(row_options, grad_logp, grad_risk, grad_kl)
+    *states, labels, ratio, saved, first, second = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    if ratio is not None:
+        checked = _keep_ratio(grads.logp, grads.risk, ratio, labels, row_options.ignore_index)
+        grads = RowGradients(checked, grads.risk, grads.kl)
+    if ctx.strategy == "frozen" and grads.kl is None:
+        return _scaled(grads, labels, row_options.ignore_index, (first, second)), *[None] * 12
+    if ctx.strategy == "cache" and not ctx.spent and type(first) is Tensor and not torch.compiler.is_compiling():
+        # The logits become their own gradient. Should backward run again, it makes them again: `spent` remembers.
+        # `.data`: the version counter would refuse to hand them out to a second run.
+        ctx.spent = True
+        models, kept = (tuple(states[:3]), tuple(states[3:])), (first.data, second)
+        found = _gradients(grads, models, labels, saved, kept, *ctx.constants, needs, spend=True)
+    else:
+        kept = (first, second) if ctx.strategy == "cache" and not ctx.spent else (None, None)
+        found = _backward(*grads, *states, labels, saved, *kept, *ctx.constants, needs)
+    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 10
+
+
+def _scaled(grads: RowGradients, labels: Tensor, ignore_index: int, parts: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of hidden from those of the outputs: Σ upstream · part, exactly 0 where the upstream is."""
+    total = torch.zeros_like(parts[0])
+    for grad, part in zip(grads[:2], parts, strict=False):
+        if grad is not None and part.shape[0]:
+            factor = grad.masked_fill(labels == ignore_index, 0.0)[:, None]
+            total += torch.where(factor == 0, 0.0, factor * part)
+    return total
+
+
+@torch.library.custom_op("rsa_kernels::keep_ratio", mutates_args=())
+def _keep_ratio(
+    grad_logp: Tensor | None, grad_risk: Tensor | None, ratio: Tensor, labels: Tensor, ignore_index: int
+) -> Tensor:
+    """The gradient of logp, nan (on a CPU an error) where that of the risk is not `ratio` times it."""
+    logp, risk = (torch.zeros_like(ratio) if g is None else g for g in (grad_logp, grad_risk))
+    expected = ratio * logp
+    # 1e-4: both come through a loss in fp32, the promise is about a formula
+    broken = ((risk - expected).abs() > 1e-4 * torch.maximum(risk.abs(), expected.abs())) & (labels != ignore_index)
+    if broken.device.type == "cpu" and broken.any():
+        row = int(broken.nonzero()[0])
+        raise ValueError(
+            f"risk_over_logp is {ratio[row].item():g} at position {row}, but the gradients of risk and logp there are "
+            f"{risk[row].item():g} and {logp[row].item():g}: pass the ratio that the loss has, or leave it out"
+        )
+    return torch.where(broken, torch.nan, logp)
+
+
+@_keep_ratio.register_fake
+def _(grad_logp: Maybe, grad_risk: Maybe, ratio: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return torch.empty_like(ratio)
+
+
+_forward.register_autograd(_vjp, setup_context=_setup)
