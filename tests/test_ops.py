@@ -1,6 +1,8 @@
 """The operators: chunked equals the definition within rounding, gradients included, at every awkward shape and row."""
 
 import logging
+import re
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -331,7 +333,7 @@ def test_rows_without_upstream_get_exact_zeros(risk):
 def test_partial_gradients_are_the_full_ones(risk, leaves):
     """A frozen head wants no weight gradient, a frozen backbone no hidden gradient."""
     case, upstream = head(8, 65), torch.randn(3, 8)
-    full, partial = evaluate(case, risk, upstream), evaluate(case, risk, upstream, leaves)
+    full, partial = (evaluate(case, risk, upstream, wanted, strategy="recompute") for wanted in (LEAVES, leaves))
     for name in leaves:
         assert torch.equal(partial[f"d_{name}"], full[f"d_{name}"]), name
 
@@ -437,9 +439,8 @@ def test_operators_keep_their_contract(risk):
     case = head(5, 9)
     options = RowOptions(risk, 1.0, 1.0, None, None, -100, True).encode()
     tensors = [case[k].requires_grad_(k in LEAVES) for k in ("hidden", "weight", "bias", "ref_hidden", "ref_weight")]
-    for strategy in ("recompute", "cache"):
-        arguments = (*tensors, case["ref_bias"], case["labels"], None, options, "chunked", strategy, 2, 9)
-        torch.library.opcheck(linear._forward, arguments)
+    arguments = (*tensors, case["ref_bias"], case["labels"], None, options, "chunked", "recompute", 2, 9)
+    torch.library.opcheck(linear._forward, arguments)
     z, r = torch.randn(5, 9, requires_grad=True), torch.randn(5, 9)
     torch.library.opcheck(logits._forward, (z, r, case["labels"], 9, options, "chunked"))
 
@@ -478,9 +479,47 @@ def call(**options) -> TokenStats:
     return token_risk(torch.randn(2, 5), torch.randn(2, 5), torch.tensor([0, 1]), KL(), **options)
 
 
-def test_explicit_triton_says_why_it_cannot_run():
-    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run here: the tensors are on cpu.*impl='chunked'"):
-        call(impl="triton")
+@pytest.mark.parametrize(
+    ("tensor", "risk", "reason"),
+    [
+        (torch.zeros(1), KL(), "the tensors are on cpu, where the kernels run in Triton's interpreter only"),
+        (torch.zeros(1, device="meta"), KL(), "the tensors are on meta, for which there are no kernels"),
+    ],
+    ids=str,
+)
+def test_explicit_triton_says_why_it_cannot_run(tensor, risk, reason, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    assert reason in dispatch.why_not_triton(tensor, risk)
+    with pytest.raises(RuntimeError, match=f"impl='triton' cannot run here: {re.escape(reason)}.*Use impl='auto' or"):
+        dispatch.resolve("triton", tensor, risk)
+    assert dispatch.resolve("auto", tensor, risk) == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "risk", "reason"),
+    [
+        (torch.zeros(1, dtype=torch.float64), KL(), "the kernels take float32, bfloat16, float16, not float64"),
+        (torch.zeros(1), HalfMean(), "no kernel knows the risk measure HalfMean"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_know_is_named(tensor, risk, reason, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    with pytest.raises(RuntimeError, match=reason):
+        dispatch.resolve("triton", tensor, risk)
+
+
+def test_without_triton_the_reason_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "_INSTALLED", False)
+    assert dispatch.why_not_triton(torch.zeros(1), KL()) == "Triton is not installed (pip install 'triton>=3.6')"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert dispatch.why_not_triton(torch.zeros(1), KL()) == "Triton runs on Linux, this is darwin"
+
+
+def test_auto_on_a_cpu_is_never_the_interpreter(monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    assert dispatch.resolve("auto", torch.zeros(1), KL()) == "chunked"
+    assert dispatch.resolve("triton", torch.zeros(1), KL()) == "triton"
 
 
 def test_unknown_implementation_is_refused():
@@ -493,6 +532,7 @@ def test_environment_replaces_auto_only(monkeypatch):
     x = torch.zeros(1)
     assert dispatch.resolve("auto", x, KL()) == "naive"
     assert dispatch.resolve("chunked", x, KL()) == "chunked"
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setenv("RSA_KERNELS_IMPL", "triton")
     with pytest.raises(RuntimeError, match="RSA_KERNELS_IMPL='triton' cannot run here"):
         call()
@@ -503,11 +543,13 @@ def test_environment_replaces_auto_only(monkeypatch):
 
 def test_auto_says_once_what_it_chose(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with caplog.at_level(logging.INFO, logger="rsa_kernels"):
         call()
         call()
     assert [r.message for r in caplog.records] == [
-        "impl='auto' is 'chunked' for KL on cpu: this version has no Triton row kernels"
+        "impl='auto' is 'chunked' for KL on cpu: the tensors are on cpu, where the kernels run in Triton's interpreter only "
+        "(TRITON_INTERPRET=1)"
     ]
 
 
@@ -523,7 +565,11 @@ def test_label_outside_the_vocabulary_is_named(label, impl):
 
 def test_shapes_that_do_not_fit_are_named():
     case = head(4, 6)
-    with pytest.raises(ValueError, match=r"got \[2, 5\], \[2, 6\] and \[2\]"):
+    with pytest.raises(ValueError, match=r"got \[2, 5\], \[3, 5\] and \[2\]"):
+        token_risk(torch.randn(2, 5), torch.randn(3, 5), torch.tensor([0, 1]), KL())
+    with pytest.raises(
+        ValueError, match=r"policy_logits have 5 columns and ref_logits 6: .* pass the size .* valid_vocab"
+    ):
         token_risk(torch.randn(2, 5), torch.randn(2, 6), torch.tensor([0, 1]), KL())
     with pytest.raises(ValueError, match=r"hidden \[4, 16\], weight \[6, 24\]"):
         linear_token_risk(case["hidden"], case["ref_weight"], None, None, case["labels"], None)

@@ -26,6 +26,8 @@ from rsa_kernels.naive import TokenStats
 from rsa_kernels.pairs import RowGradients, RowOptions, RowPair, accumulator
 from rsa_kernels.workspace import Sizes, Strategy, padded, plan
 
+Model = tuple[Maybe, Maybe, Maybe]  # hidden, weight, bias
+
 
 def linear_token_risk(
     policy: tuple[Tensor, Tensor, Tensor | None],
@@ -73,9 +75,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row_options, pair = RowOptions.decode(options), row_pair(impl)
     outputs = empty_outputs(labels, accumulator(hidden.dtype), row_options, pair)
-    kept = _kept(hidden, strategy, vocabulary, row_options, risk_over_logp)
-    cache = kept if strategy == "cache" else (None, None)
-    project = _projections((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), rows, vocabulary, cache)
+    kept = _kept(hidden, ref_hidden, strategy, vocabulary, row_options, risk_over_logp)
+    cache = [t if strategy == "cache" and t.shape[0] == labels.shape[0] else None for t in kept]
+    models = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+    project = _projections(*models, rows, vocabulary, (cache[0], cache[1]))
     after = None
     if strategy == "frozen":
         after = _hidden_gradients(kept, weight[:vocabulary], labels, risk_over_logp, row_options, pair)
@@ -85,42 +88,45 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden: Tensor, *args: Any) -> tuple:
-    labels, risk_over_logp, options, impl, strategy, _, vocabulary = args[-7:]
+    ref_hidden, (labels, risk_over_logp, options, impl, strategy, _, vocabulary) = args[2], args[-7:]
     row_options = RowOptions.decode(options)
     outputs = empty_outputs(labels, accumulator(hidden.dtype), row_options, row_pair(impl))
-    return *outputs, *_kept(hidden, strategy, vocabulary, row_options, risk_over_logp)
+    return *outputs, *_kept(hidden, ref_hidden, strategy, vocabulary, row_options, risk_over_logp)
 
 
-def _kept(hidden: Tensor, strategy: str, vocabulary: int, options: RowOptions, ratio: Maybe) -> tuple[Tensor, Tensor]:
+def _kept(
+    hidden: Tensor, ref_hidden: Maybe, strategy: str, vocabulary: int, options: RowOptions, ratio: Maybe
+) -> tuple[Tensor, Tensor]:
     """Logits of policy and reference, or gradients of `hidden` by output; without elements where nothing is kept."""
-    count, two = hidden.shape[0], options.risk is not None
     if strategy == "cache":
-        shape = count, padded(vocabulary)
-    elif strategy == "frozen":
-        shape, two = (count, hidden.shape[1]), two and ratio is None
-    else:
-        return hidden.new_empty(0), hidden.new_empty(0)
-    return hidden.new_empty(shape), hidden.new_empty(shape if two else 0)
+        shape = hidden.shape[0], padded(vocabulary)
+        models = (hidden, None if options.risk is None else ref_hidden)
+        kept = [hidden.new_empty(0) if like is None else like.new_empty(shape) for like in models]
+        for logits in kept:
+            logits[..., vocabulary:] = 0.0  # nobody reads the padding, but it leaves the operator
+        return kept[0], kept[1]
+    if strategy == "frozen":
+        two = options.risk is not None and ratio is None
+        return torch.empty_like(hidden), hidden.new_empty(hidden.shape if two else 0)
+    return hidden.new_empty(0), hidden.new_empty(0)
 
 
-def _projections(policy: tuple, reference: tuple, rows: int, vocabulary: int, cache: tuple[Maybe, Maybe]) -> Project:
-    policy_logits = _projection(*policy, rows, vocabulary, cache[0])
-    ref_logits = _projection(*reference, rows, vocabulary, cache[1])
+def _projections(policy: Model, reference: Model, rows: int, vocabulary: int, kept: tuple[Maybe, Maybe]) -> Project:
+    policy_logits = _projection(policy, rows, vocabulary, kept[0])
+    ref_logits = _projection(reference, rows, vocabulary, kept[1])
     return lambda chunk: (policy_logits(chunk), ref_logits(chunk))
 
 
-def _projection(
-    hidden: Maybe, weight: Maybe, bias: Maybe, rows: int, vocabulary: int, cache: Maybe
-) -> Callable[[slice], Any]:
-    """Matrix products into the cache, or into one workspace, which every chunk overwrites."""
+def _projection(model: Model, rows: int, vocabulary: int, kept: Maybe) -> Callable[[slice], Any]:
+    """Matrix products into logits that are kept, or into one workspace, which every chunk overwrites."""
+    hidden, weight, bias = model
     if hidden is None or weight is None:
         return lambda chunk: None
     matrix, offset = weight[:vocabulary].t(), None if bias is None else bias[:vocabulary]
-    kept = cache is not None and cache.shape[0] == hidden.shape[0]
-    buffer = cache if kept else hidden.new_empty(min(rows, hidden.shape[0]), padded(vocabulary))
+    workspace = hidden.new_empty(min(rows, hidden.shape[0]), padded(vocabulary)) if kept is None else kept
 
     def project(chunk: slice) -> Tensor:
-        logits = buffer[chunk if kept else slice(chunk.stop - chunk.start), :vocabulary]
+        logits = workspace[slice(chunk.stop - chunk.start) if kept is None else chunk, :vocabulary]
         if offset is None:
             return torch.mm(hidden[chunk], matrix, out=logits)
         return torch.addmm(offset, hidden[chunk], matrix, out=logits)
@@ -187,17 +193,13 @@ def _backward(
 @_backward.register_fake
 def _(grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe, hidden: Tensor, weight: Tensor, *args: Any) -> tuple:
     needs = args[-1]
-    return tuple(
-        like.new_empty(shape if need else 0)
-        for like, shape, need in zip(
-            (hidden, weight, weight), (hidden.shape, weight.shape, weight.shape[0]), needs, strict=True
-        )
-    )
+    d_bias = weight.new_empty(weight.shape[0] if needs[2] else 0)
+    return hidden.new_empty(hidden.shape if needs[0] else 0), weight.new_empty(weight.shape if needs[1] else 0), d_bias
 
 
 def _gradients(
     given: RowGradients,
-    models: tuple[tuple, tuple],
+    models: tuple[tuple[Tensor, Tensor, Maybe], Model],
     labels: Tensor,
     saved: Tensor,
     kept: tuple[Maybe, Maybe],
@@ -211,9 +213,10 @@ def _gradients(
     """`spend` writes the gradient of the logits over the kept logits of the policy: all rows are one chunk then."""
     (hidden, weight, _), row_options = models[0], RowOptions.decode(options)
     grads, dead = alive_only(labels, given, row_options.ignore_index, saved.dtype)
-    reference = models[1] if grads.needs_reference else (None, None, None)
     z, r = kept
     if z is None:
+        nobody: Model = (None, None, None)
+        reference = models[1] if grads.needs_reference else nobody
         project = _projections(models[0], reference, rows, vocabulary, (None, None))
     else:
         project = _slices(z, r if grads.needs_reference else None, vocabulary)
@@ -224,10 +227,8 @@ def _gradients(
     def place(chunk: slice, logits: Tensor) -> Tensor:
         return scratch[: logits.shape[0], :vocabulary] if scratch.shape[0] else logits
 
-    totals = _Totals(hidden, weight, vocabulary, needs, chunks=-(-count // rows))
-    backward_loop(
-        project, place, lambda *a: totals.add(*a, dead), labels, grads, saved, row_options, row_pair(impl), rows
-    )
+    totals = _Totals(hidden, weight, vocabulary, needs, dead, chunks=-(-count // rows))
+    backward_loop(project, place, totals.add, labels, grads, saved, row_options, row_pair(impl), rows)
     return totals.result()
 
 
@@ -241,8 +242,10 @@ class _Totals:
     Over several chunks those of bf16 weights are summed in fp32: in bf16 they drift.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, vocabulary: int, needs: list[bool], chunks: int) -> None:
-        self.hidden, self.needs, self.dtype = hidden, needs, weight.dtype
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, vocabulary: int, needs: list[bool], dead: Tensor, chunks: int
+    ) -> None:
+        self.hidden, self.dead, self.needs, self.dtype = hidden, dead, needs, weight.dtype
         self.weight, self.vocabulary = weight[:vocabulary], vocabulary
         dtype = weight.dtype if chunks == 1 else accumulator(weight.dtype)
         self.d_hidden = hidden.new_empty(hidden.shape if needs[0] else 0)
@@ -250,12 +253,12 @@ class _Totals:
         self.d_bias = weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=accumulator(weight.dtype))
         self.d_weight[vocabulary if chunks else 0 :] = 0.0
 
-    def add(self, chunk: slice, dz: Tensor, dead: Tensor) -> None:
+    def add(self, chunk: slice, dz: Tensor) -> None:
         if self.needs[0]:
             torch.mm(dz, self.weight, out=self.d_hidden[chunk])
         if self.needs[1]:
             # 0 · nan is nan: a hidden state that nobody reads must not reach the weight
-            hidden = self.hidden[chunk].masked_fill(dead[chunk, None], 0.0)
+            hidden = self.hidden[chunk].masked_fill(self.dead[chunk, None], 0.0)
             _add_outer(self.d_weight[: self.vocabulary], dz, hidden, first=chunk.start == 0)
         if self.needs[2]:
             self.d_bias[: self.vocabulary] += dz.sum(0, dtype=self.d_bias.dtype)
@@ -285,9 +288,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: Maybe, *_: Any) -> tuple:
-    row_options = RowOptions.decode(ctx.constants[0])
+    options, impl, rows, vocabulary = ctx.constants
+    row_options = RowOptions.decode(options)
     grads = upstream(row_options, grad_logp, grad_risk, grad_kl)
-    *states, labels, ratio, saved, first, second = ctx.saved_tensors
+    hidden, weight, bias, *reference, labels, ratio, saved, first, second = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ratio is not None:
         checked = _keep_ratio(grads.logp, grads.risk, ratio, labels, row_options.ignore_index)
@@ -298,11 +302,13 @@ def _vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: May
         # The logits become their own gradient. Should backward run again, it makes them again: `spent` remembers.
         # `.data`: the version counter would refuse to hand them out to a second run.
         ctx.spent = True
-        models, kept = (tuple(states[:3]), tuple(states[3:])), (first.data, second)
-        found = _gradients(grads, models, labels, saved, kept, *ctx.constants, needs, spend=True)
+        models = (hidden, weight, bias), tuple(reference)
+        spendable = first.data, second
+        found = _gradients(grads, models, labels, saved, spendable, options, impl, rows, vocabulary, needs, spend=True)
     else:
         kept = (first, second) if ctx.strategy == "cache" and not ctx.spent else (None, None)
-        found = _backward(*grads, *states, labels, saved, *kept, *ctx.constants, needs)
+        states = (hidden, weight, bias, *reference, labels, saved, *kept)
+        found = _backward(*grads, *states, options, impl, rows, vocabulary, needs)
     return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 10
 
 

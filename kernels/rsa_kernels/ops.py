@@ -75,8 +75,8 @@ def token_risk(
     if implementation == "naive":
         real = policy_logits[..., :vocabulary], ref_logits[..., :vocabulary]
         return naive.token_risk(*real, labels, **options._asdict())
-    flat = [t.reshape(labels.numel(), t.shape[-1]) for t in (policy_logits, ref_logits)]
-    stats = logits.token_risk(*flat, labels.flatten(), vocabulary, options, implementation)
+    z, r = (t.reshape(labels.numel(), t.shape[-1]) for t in (policy_logits, ref_logits))
+    stats = logits.token_risk(z, r, labels.flatten(), vocabulary, options, implementation)
     return TokenStats._make(None if s is None else s.reshape(labels.shape) for s in stats)
 
 
@@ -155,8 +155,8 @@ def linear_token_risk(
             _columns(policy, vocabulary),
             _columns(reference, vocabulary),
         )
-        biases = {"bias": bias, "ref_bias": ref_bias}
-        return naive.linear_token_risk(hidden, weight, ref_hidden, ref_weight, labels, **biases, **options._asdict())
+        others: dict[str, Any] = {"bias": bias, "ref_bias": ref_bias, **options._asdict()}
+        return naive.linear_token_risk(hidden, weight, ref_hidden, ref_weight, labels, **others)
 
 
 def nested_risk(
@@ -213,7 +213,11 @@ def _vocabulary(valid_vocab: Any, widths: tuple[int, ...], sizes: str) -> int:
                 "size of the vocabulary as valid_vocab"
             )
         return widths[0]
-    if isinstance(valid_vocab, bool) or not isinstance(valid_vocab, Integral) or not 0 < valid_vocab <= min(widths):
+    if (
+        isinstance(valid_vocab, bool)
+        or not isinstance(valid_vocab, Integral)
+        or not 0 < int(valid_vocab) <= min(widths)
+    ):
         raise ValueError(
             f"valid_vocab is an integer from 1 to {min(widths)}, the columns there are, got {valid_vocab!r}"
         )
