@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rsa_kernels import linear, logits, naive, nested
+from rsa_kernels import linear, logits, naive, nested, tree
 from rsa_kernels.dispatch import Impl, resolve
 from rsa_kernels.naive import NestedRisk, TokenStats
 from rsa_kernels.pairs import RowOptions
@@ -167,15 +167,19 @@ def nested_risk(
     `cu_seqlens` holds the sequence boundaries in the packed tokens, 0 first and N last, as in variable-length
     attention. By translation equivariance this is the nested form ρ(cost + discount · R) along the observed sequence.
 
+    Results have the dtype of `step_risk`; sums are kept in fp32, or fp64 for fp64.
+
     Raises:
-        ValueError: shapes do not fit, the discount is outside [0, 1], or (CPU only) the boundaries do not rise from 0
-            to N.
+        ValueError: shapes or dtypes do not fit, the discount is outside [0, 1], or (CPU only) the boundaries do not
+            rise from 0 to N.
         RuntimeError: `impl` names something that cannot run here.
     """
     if step_risk.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"nested_risk wants step_risk [N] and cu_seqlens [S+1], got {_shape(step_risk)} and {_shape(cu_seqlens)}"
         )
+    if not step_risk.is_floating_point() or cu_seqlens.is_floating_point():
+        raise ValueError(f"step_risk are floats and cu_seqlens integers, got {step_risk.dtype} and {cu_seqlens.dtype}")
     discount = number("discount", discount)
     if not 0 <= discount <= 1:
         raise ValueError(f"discount lies in [0, 1], got {discount}")
@@ -183,9 +187,67 @@ def nested_risk(
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != step_risk.shape[0] or bounds != sorted(bounds):
             raise ValueError(f"cu_seqlens rises from 0 to N = {step_risk.shape[0]}, got {_shorten(bounds)}")
-    if resolve(impl, step_risk, None) == "naive":
+    implementation = resolve(impl, step_risk, None)
+    if implementation == "naive":
         return naive.nested_risk(step_risk, cu_seqlens, discount=discount)
-    return nested.nested_risk(step_risk, cu_seqlens, discount=discount)
+    return nested.nested_risk(step_risk, cu_seqlens, discount=discount, impl=implementation)
+
+
+def nested_risk_tree(
+    values: Float[Tensor, " n"],
+    probs: Float[Tensor, " n"],
+    parents: Int[Tensor, " n"],
+    risk: RiskMeasure,
+    *,
+    discount: float = 1.0,
+) -> Float[Tensor, " n"]:
+    """Nested risk at every node of a forest of continuations, where `nested_risk` follows one observed path.
+
+        V_i = values_i                                      at a leaf
+        V_i = values_i + discount · ρ_{j∼probs}(V_j)        over the children j of an inner node
+
+    Nodes are prefixes, children their continuations; a batch of trees is one forest. Costs: large is bad. With returns,
+    pass their negatives and negate the result.
+
+    On a tree in which all children j of a node share what follows, V_j = x_j + discount · R, translation equivariance
+    gives ρ(V) = ρ(x) + discount · R: the recursion of `nested_risk` with step_risk = ρ(x). That is what `nested_risk`
+    assumes of the tokens beside the observed path; here every continuation has costs of its own.
+
+    Args:
+        values: float32 or float64; the cost at a leaf, and at an inner node a cost that is added, 0 for costs at the
+            leaves only. +inf and nan reach the ancestors, but not through outcomes without mass.
+        probs: float32 or float64; of a node given its parent. Siblings sum to 1 but for rounding, which is divided
+            out; 0 is allowed. Constants: no gradient flows to them. Not read at roots.
+        parents: int64, -1 at a root; in any order of nodes.
+        risk: any measure, also one of your own.
+
+    Returns:
+        V in the dtype of `values`, computed in fp64. ∂V_i/∂values_j is the product of discount · w along the path from
+        i down to j, with w = risk.weights among siblings. The number of operations grows with the depth and not with
+        the width; the shape of the forest is read on the host, which costs a GPU a sync.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, discount is outside [0, 1], a parent is out of range, nodes form a
+            cycle, or probabilities are negative, nan, or of siblings that do not sum to 1.
+
+    Sources: Ruszczynski (2010), Risk-averse dynamic programming; Ra-DPO (arXiv:2505.20359), RSA (arXiv:2512.24263).
+    """
+    if not isinstance(risk, RiskMeasure):
+        raise ValueError(f"risk is a RiskMeasure such as CVaR(tail=0.97), got {risk!r}")
+    if values.ndim != 1 or not values.shape == probs.shape == parents.shape:
+        raise ValueError(
+            "nested_risk_tree wants values, probs and parents [n], got "
+            f"{_shape(values)}, {_shape(probs)} and {_shape(parents)}"
+        )
+    for name, tensor in (("values", values), ("probs", probs)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} are float32 or float64, got {tensor.dtype}")
+    if parents.dtype != torch.int64:
+        raise ValueError(f"parents are int64 node numbers, -1 at a root, got {parents.dtype}")
+    discount = number("discount", discount)
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount lies in [0, 1], got {discount}")
+    return tree.nested_risk_tree(values, probs, parents, risk, discount)
 
 
 def _options(
