@@ -68,6 +68,11 @@ class PreferenceLoss(abc.ABC):
         return bool(self.risks) and getattr(self, "risk_weight", 1.0) != 0
 
     @property
+    def risk_over_logratio(self) -> tuple[float, float] | None:
+        """∂loss/∂risk over ∂loss/∂logratio of the chosen and of the rejected response; None where they vary."""
+        return None
+
+    @property
     def temperature(self) -> float:
         if self.beta is None:
             name = type(self).__name__
@@ -142,6 +147,10 @@ class LogisticLoss(PreferenceLoss, abc.ABC):
         _check_positive(f"{name} beta", self.beta)
         _check_range(f"{name} risk_weight", self.risk_weight, 1.0)
         _check_range(f"{name} label_smoothing", self.label_smoothing, 0.5)
+
+    @property
+    def risk_over_logratio(self) -> tuple[float, float]:
+        return 0.0 if self.detach_chosen_risk else self.risk_weight, self.risk_weight
 
     def __call__(self, chosen, rejected, *, target=None, offset=None) -> PreferenceTerms:
         logit = self.temperature * margin(chosen, rejected, self.risk_weight, self.detach_chosen_risk)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
-from rsa_kernels import Impl, RiskMeasure, TokenStats, linear_token_risk
+from rsa_kernels import Impl, RiskMeasure, Strategy, TokenStats, linear_token_risk
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -114,12 +114,15 @@ class RiskHead(nn.Linear):
         reference: ReferenceStates | None,
         risk: RiskMeasure | None,
         *,
+        risk_over_logp: Float[Tensor, " N"] | None = None,
         entropy: bool = False,
+        strategy: Strategy = "auto",
         impl: Impl = "auto",
     ) -> TokenStats:
         mine: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
+        how: dict[str, Any] = {"entropy": entropy, "strategy": strategy, "impl": impl}
         if reference is None:
-            return linear_token_risk(hidden, self.weight, None, None, labels, None, entropy=entropy, impl=impl, **mine)
+            return linear_token_risk(hidden, self.weight, None, None, labels, None, **mine, **how)
         if reference.weight is None:
             frozen = None if self.bias is None else self.bias.detach()
             reference = ReferenceStates(reference.hidden, self.weight.detach(), frozen, self.scale, self.softcap)
@@ -135,10 +138,10 @@ class RiskHead(nn.Linear):
             reference.weight,
             labels,
             risk,
-            entropy=entropy,
-            impl=impl,
+            risk_over_logp=None if risk is None else risk_over_logp,
             **mine,
             **theirs,
+            **how,
         )
 
 
@@ -187,12 +190,13 @@ class Policy(nn.Module):
         batch: PreferenceBatch,
         reference: ReferenceStates | None,
         risk: RiskMeasure | None,
-        *,
-        entropy: bool = False,
-        impl: Impl = "auto",
+        **options: Any,
     ) -> TokenStats:
-        """Token statistics of the batch. Without a reference only `logp` means anything, and `risk` must be None."""
-        return self.head(self.states(batch), batch["labels"], reference, risk, entropy=entropy, impl=impl)
+        """Token statistics of the batch; `options` are those of `RiskHead.forward`.
+
+        Without a reference only `logp` means anything, and `risk` must be None.
+        """
+        return self.head(self.states(batch), batch["labels"], reference, risk, **options)
 
 
 def check_spec(spec: PolicySpec, like: PolicySpec | None = None) -> None:

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.trainer.states import TrainerFn
-from rsa_kernels import CVaR, Impl, RiskMeasure, TokenStats, nested_risk
+from rsa_kernels import CVaR, Impl, RiskMeasure, Strategy, TokenStats, nested_risk
 from torch import Tensor, nn
 
 from rsa_lightning.adapters import base_fingerprint
@@ -197,6 +197,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         optimizer: built on the trainable parameters.
         schedule: of the learning rate; null keeps it constant.
         impl: implementation of the token-risk op; anything but auto is binding.
+        strategy: what that op keeps between forward and backward; auto fits a budget, see `linear_token_risk`.
 
     Raises:
         ValueError: the temperature is given twice or not positive, the loss is not defined for the risk measure, the
@@ -219,6 +220,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         impl: Impl = "auto",
+        strategy: Strategy = "auto",
     ) -> None:
         super().__init__(policy, optimizer, schedule, impl)
         if not 0 <= discount <= 1:
@@ -226,7 +228,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         loss.check_risk(risk)
         temperature = resolve_temperature(self.stage, loss.beta, beta, lam, parametrization)
         self.loss = loss.with_beta(temperature)
-        self.risk, self.discount = risk, discount
+        self.risk, self.discount, self.strategy = risk, discount, strategy
         self.roles = ROLES if loss.needs_baseline else ROLES[:2]
         self.needs_pairs = loss.needs_pairs
         # not a submodule: not trained, not in the checkpoint
@@ -291,7 +293,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
     ) -> tuple[TokenStats, SequenceStats, SequenceStats]:
         """Per-token statistics of the batch, and those of chosen and rejected responses."""
         assert self.policy is not None
-        tokens = self.policy(batch, self.reference.states(batch), risk, impl=self.impl)
+        options = {"risk_over_logp": self._risk_over_logp(batch), "strategy": self.strategy, "impl": self.impl}
+        tokens = self.policy(batch, self.reference.states(batch), risk, **options)
         logratio = _per_row(tokens.logratio, batch)
         total = (
             None if tokens.risk is None else nested_risk(tokens.risk, batch["cu_seqlens"], discount=self.discount).total
@@ -309,6 +312,16 @@ class AlignmentStage(PolicyStage, abc.ABC):
             return SequenceStats(logratio[rows], None if total is None else total[rows], baseline)
 
         return tokens, side(0), side(1)
+
+    def _risk_over_logp(self, batch: PreferenceBatch) -> Tensor | None:
+        """The ratio of the loss's gradients at every token, where it is known: a frozen head then costs less."""
+        if not self.loss.reads_risk or self.loss.risk_over_logratio is None:
+            return None
+        bounds = batch["cu_seqlens"]
+        lengths = bounds.diff()
+        by_role = torch.tensor([*self.loss.risk_over_logratio, 0.0], device=bounds.device)  # nothing reaches the third
+        position = torch.arange(len(batch["labels"]), device=bounds.device) - bounds[:-1].repeat_interleave(lengths)
+        return by_role[batch["roles"]].repeat_interleave(lengths) * self.discount**position
 
     def shared_step(self, batch: PreferenceBatch, split: str) -> Tensor:
         # a loss that reads no risk trains without it (two label log-probs per token), and is still measured on it

@@ -9,7 +9,8 @@ import sys
 import lightning as L
 import pytest
 import torch
-from rsa_kernels import CVaR
+from rsa_kernels import CVaR, linear
+from rsa_kernels.workspace import plan
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -687,3 +688,21 @@ def test_eight_bits_need_a_gpu(tiny_llama, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="quantize 8bit needs a GPU: .* Take 4bit, or drop quantize"):
         check_spec(PolicySpec(model=str(tiny_llama), lora=LORA, quantize="8bit"))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_what_is_kept_for_backward_does_not_change_the_adapter(
+    detach, tiny_llama, tiny_tokenizer, tmp_path, monkeypatch
+):
+    """The head is frozen, and the loss says in which ratio its gradients come: the discount enters it per token."""
+    plans, after = [], {}
+    monkeypatch.setattr(linear, "plan", lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1])
+    for strategy in ("auto", "cache", "recompute"):
+        loss = RSA(beta=0.5, detach_chosen_risk=detach)
+        options = {"loss": loss, "risk": CVaR(0.3), "discount": 0.9, "optimizer": adamw, "strategy": strategy}
+        module = RewardAlignment(PolicySpec(model=str(tiny_llama), lora=LORA), **options)
+        trainer(tmp_path, max_steps=3).fit(module, Batches(tiny_tokenizer))
+        after[strategy] = {name: p.detach().clone() for name, p in module._trainable().items()}
+    assert {p.strategy for p in plans} == {"nothing", "frozen", "cache", "recompute"}
+    for other in ("cache", "recompute"):
+        assert max((after["auto"][name] - value).abs().max() for name, value in after[other].items()) < 1e-4

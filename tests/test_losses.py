@@ -43,6 +43,23 @@ def test_margins_of_rewards_are_beta_h(loss):
     assert not terms.chosen_rewards.requires_grad
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        DPO(beta=0.2),
+        TDPO(beta=0.2),
+        RSA(beta=0.2, risk_weight=0.3, label_smoothing=0.1),
+        RSA(beta=0.2, risk_weight=0.7, detach_chosen_risk=False),
+    ],
+)
+def test_the_ratio_of_gradients_is_the_one_that_is_said(loss):
+    chosen, rejected = stats([2.0, -1.0], [0.5, 0.3]), stats([-1.0, 1.0], [1.5, 0.2])
+    total = loss(chosen, rejected, offset=torch.tensor([0.1, 0.0])).losses.sum()
+    for side, ratio in zip((chosen, rejected), loss.risk_over_logratio, strict=True):
+        of_logratio, of_risk = torch.autograd.grad(total, side[:2], retain_graph=True, materialize_grads=True)
+        torch.testing.assert_close(of_risk, ratio * of_logratio)
+
+
 def test_weight_zero_is_dpo():
     for a, b in zip(RSA(beta=0.3, risk_weight=0)(CHOSEN, REJECTED), DPO(beta=0.3)(CHOSEN, REJECTED), strict=True):
         assert torch.equal(a, b)
