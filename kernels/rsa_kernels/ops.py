@@ -216,8 +216,8 @@ def nested_risk_tree(
     Args:
         values: float32 or float64; the cost at a leaf, and at an inner node a cost that is added, 0 for costs at the
             leaves only. +inf and nan reach the ancestors, but not through outcomes without mass.
-        probs: float32 or float64; of a node given its parent. Siblings sum to 1 but for rounding, which is divided
-            out; 0 is allowed. Constants: no gradient flows to them. Not read at roots.
+        probs: float32 or float64; of a node given its parent. Siblings sum to 1 within 1e-4, and the difference is
+            divided out; 0 is allowed. Constants: no gradient flows to them. Not read at roots.
         parents: int64, -1 at a root; in any order of nodes.
         risk: any measure, also one of your own.
 
