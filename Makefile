@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint bench bench-step
+.PHONY: install quickstart test lint bench bench-step aot gpu
 
 install: .venv/installed
 
@@ -25,8 +25,21 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+RESULTS := benchmarks/results
+
+# Peers are timed where they are installed: .venv/bin/pip install -c constraints.txt liger-kernel. It takes an hour or two.
 bench: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks linear_token_risk
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks kernels --threads 1 --output $(RESULTS)
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks kernels --threads 2 --suite linear --shapes 1024x512x32000 --output $(RESULTS)
+	$(BIN)/python -m benchmarks figures $(RESULTS)
+
+# every kernel compiled for GPUs that are not here: registers, spills, bytes
+aot: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks aot
+
+# needs a CUDA device and a torch that sees it; pieces of at most 9 minutes, and what is done is not done again
+gpu: install
+	$(BIN)/python -m benchmarks gpu --output $(RESULTS); code=$$?; $(BIN)/python -m benchmarks figures $(RESULTS); exit $$code
 
 # needs TRL: .venv/bin/pip install -c constraints.txt trl
 bench-step: install
