@@ -122,9 +122,11 @@ def test_sequences_do_not_touch(impl, poison):
 
 @pytest.mark.parametrize("discount", [1.0, 0.5, 0.0])
 @every_impl
-def test_an_infinite_step_is_infinite_from_afar(discount, impl):
-    """0.5^400 is 0 in fp32, and 0 · inf nan: the recursion never forms that product. With discount 0 it does."""
-    x, cu_seqlens = torch.ones(400, device=DEVICE), torch.tensor([0, 400], device=DEVICE)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
+def test_an_infinite_step_is_infinite_from_afar(discount, impl, monkeypatch):
+    """0.5^256 is 0 in fp32, and 0 · inf nan: the recursion never forms that product. With discount 0 it does."""
+    monkeypatch.setattr(fused, "BLOCK", 256)
+    x, cu_seqlens = torch.ones(700, device=DEVICE), torch.tensor([0, 700], device=DEVICE)
     x[-1] = torch.inf
     expected = nested_risk(x, cu_seqlens, discount=discount, impl="naive").to_go
     torch.testing.assert_close(nested_risk(x, cu_seqlens, discount=discount, impl=impl).to_go, expected, equal_nan=True)
@@ -246,12 +248,22 @@ def compose_three(pairs_ptr, out_ptr):
     tl.store(out_ptr + 3, right_b)
 
 
+def composed(*pairs: float) -> list[float]:
+    out = torch.empty(4, device=DEVICE)
+    compose_three[(1,)](torch.tensor(pairs, device=DEVICE), out)
+    return out.tolist()
+
+
 def test_what_is_scanned_is_associative():
     """A GPU composes in a tree; the interpreter from left to right, where nothing else would show."""
-    out = torch.empty(4, device=DEVICE)
-    compose_three[(1,)](torch.tensor([0.5, 1.0, 0.25, 2.0, 0.75, 3.0], device=DEVICE), out)
     # y ↦ .5y + 1, then ·.25 + 2, then ·.75 + 3
-    assert out.tolist() == [0.09375, 4.6875] * 2
+    assert composed(0.5, 1.0, 0.25, 2.0, 0.75, 3.0) == [0.09375, 4.6875] * 2
+
+
+def test_factors_do_not_underflow_and_zero_stays_zero():
+    smallest = torch.finfo(torch.float32).tiny
+    assert composed(1e-30, 1.0, 1e-30, 1.0, 1e-30, 1.0)[::2] == [smallest] * 2
+    assert composed(0.0, 1.0, 0.0, 2.0, 0.0, 3.0) == [0.0, 3.0] * 2
 
 
 @pytest.mark.parametrize(

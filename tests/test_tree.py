@@ -204,9 +204,12 @@ def test_nested_expectation_and_entropic_risk_are_those_of_the_leaves(risk, fore
 
 
 def test_nested_tail_risk_is_not_that_of_the_leaves():
-    """The worse halves in a row are worse than the worst half: .38 and .40 against .39 of returns."""
-    costs, mass = torch.tensor([[-0.4, -0.3, -0.7, -0.6], [0.45, 0.05, 0.45, 0.05]], dtype=torch.float64)
-    assert CVaR(0.5).value(costs, mass.log()).item() == pytest.approx(-0.39, abs=1e-12)
+    """The worst half of returns is .39 in both trees, the worst halves one after the other .38 and .40."""
+    for returns, nested in ((RETURNS["A"], 0.38), (RETURNS["B"], 0.40)):
+        forest = tensors([-value for value in returns], LEAF_PROBS, NODES)
+        costs, mass = leaf_law(*forest)[6]
+        assert CVaR(0.5).value(costs, mass.log()).item() == pytest.approx(-0.39, abs=1e-12)
+        assert nested_risk_tree(*forest, CVaR(0.5))[6].item() == pytest.approx(-nested, abs=1e-12)
 
 
 @averse_risk
@@ -298,6 +301,9 @@ def test_an_outcome_without_mass_does_not_count(risk, poison):
     alone = nested_risk_tree(*tensors([0.0, 1, 2], [0, 0.5, 0.5], [-1, 0, 0]), risk)
     close(nested[0], alone[0])
     assert not nested[3].isfinite()
+    (gradient,) = torch.autograd.grad(nested[0], values)
+    assert gradient[0] == 1
+    assert gradient[3] == 0
 
 
 @packaged_risk

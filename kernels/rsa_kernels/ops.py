@@ -171,7 +171,7 @@ def nested_risk(
 
     Raises:
         ValueError: shapes or dtypes do not fit, the discount is outside [0, 1], or (CPU only) the boundaries do not
-            rise from 0 to N.
+            rise from 0 to N; on a GPU the kernels give nan to sequences outside of [0, N] and to tokens in none.
         RuntimeError: `impl` names something that cannot run here.
     """
     if step_risk.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
