@@ -5,10 +5,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from rsa_kernels import ERM, CVaR, RiskMeasure, nested, nested_risk
-from rsa_kernels.fused import nested as fused
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from rsa_kernels.fused import nested as fused  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REAL_BLOCK = fused.BLOCK
@@ -181,6 +182,14 @@ def test_strided_inputs_are_read_as_they_are(impl):
     assert torch.equal(strided.total, plain["total"])
     (gradient,) = torch.autograd.grad(strided.to_go.sum() + strided.total.sum(), columns)
     assert torch.equal(gradient[:, 0], plain["gradient"])
+
+
+@every_impl
+def test_boundaries_may_be_int32(impl):
+    x, cu_seqlens = packed([6, 0, 4], torch.float32)
+    results = [nested_risk(x, bounds, discount=0.9, impl=impl) for bounds in (cu_seqlens, cu_seqlens.int())]
+    assert torch.equal(results[0].to_go, results[1].to_go)
+    assert torch.equal(results[0].total, results[1].total)
 
 
 @every_impl
