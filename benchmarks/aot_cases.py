@@ -5,7 +5,7 @@ A case calls a launch function of the product; tiles, warps and options are what
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import product, starmap
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,8 @@ MEASURES: tuple[tuple[RiskMeasure | None, str], ...] = (
     (CVaR(1.0), "KL"),
 )
 MAIN = (None, KL(), ERM(5.0), ERM(0.05), CVaR(0.97))  # with every option
+EVERY_CHOICE = (None, KL(), ERM(5.0), CVaR(0.97))  # of upstream gradients; others differ from these in numbers only
+MOST_USED = ("logp", "risk")
 TRANSFORMS: dict[str, tuple[float, float | None]] = {"": (1.0, None), ", scale and softcap": (0.5, 30.0)}
 UPSTREAMS = [
     tuple(name for name, given in zip(RowGradients._fields, choice, strict=True) if given)
@@ -76,22 +78,36 @@ UPSTREAMS = [
     if any(choice)
 ]
 
-ROWS = 16  # of a launch; a multiple of 16, as those of chunks are
-VOCABULARIES = (128256, 32000, 151936, 50257)  # rows of the last are not aligned
+
+class Shape(NamedTuple):
+    """Of logits; `dtype` is a key of DTYPES."""
+
+    vocabulary: int
+    dtype: str
+    rows: int = 16  # a multiple of 16, as those of chunks are
+
+    def __str__(self) -> str:
+        return f"{self.vocabulary} {self.dtype}" + f" of {self.rows} rows" * (self.rows > 16)
+
+
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp32": (torch.float32, torch.float32),
     "fp32 and bf16": (torch.float32, torch.bfloat16),  # policy and reference
 }
-SHAPES = (*product(VOCABULARIES, ("bf16", "fp32")), (128256, "fp32 and bf16"))
-MAIN_SHAPES = (*product(VOCABULARIES, ("bf16",)), *product((128256, 50257), ("fp32",)))
+VOCABULARIES = (128256, 32000, 151936, 50257)  # rows of the last are not aligned
+LARGE = Shape(128256, "bf16", 8400)  # over 2 GiB, where AMD kernels address memory in another way; it is never touched
+SHAPES = (*starmap(Shape, product(VOCABULARIES, ("bf16", "fp32"))), Shape(128256, "fp32 and bf16"), LARGE)
+MAIN_SHAPES = tuple(
+    shape for shape in SHAPES if shape.dtype == "bf16" or shape[:2] in {(128256, "fp32"), (50257, "fp32")}
+)
 
 
 class Case(NamedTuple):
     name: str
     budget: str  # row of BUDGETS
     shape: str
-    vocabulary: int  # 0 where there is none
+    rows: int  # 0 where figures are per token
     sizes: tuple[int, int]  # bytes of an element of the policy and of the reference
     capped: bool
     launch: Callable[[], object]
@@ -123,9 +139,9 @@ def cases(quick: bool) -> list[Case]:
     return list(first.values())
 
 
-def _row_cases(shapes: Callable[[int, bool], Sequence[tuple[int, str]]]) -> Iterator[Case]:
+def _row_cases(shapes: Callable[[int, bool], Sequence[Shape]]) -> Iterator[Case]:
     for i, variant in enumerate(variants()):
-        yield from (row_case(variant, *shape) for shape in shapes(i, variant.main))
+        yield from (row_case(variant, shape) for shape in shapes(i, variant.main))
 
 
 def variants() -> Iterator[Variant]:
@@ -146,17 +162,17 @@ def variants() -> Iterator[Variant]:
 
 
 def _gradients(options: RowOptions, kind: str, suffix: str, main: bool) -> Iterator[Variant]:
-    """Every choice of outputs that a loss depends on, as far as `upstream` tells them apart."""
+    """Choices of outputs that a loss depends on, as far as `upstream` tells them apart."""
     seen = set()
     for wanted in UPSTREAMS:
         given = upstream(options, *(torch.zeros(1) if name in wanted else None for name in RowGradients._fields))
         names = tuple(name for name, grad in zip(RowGradients._fields, given, strict=True) if grad is not None)
-        if not names or names in seen:
+        if not names or names in seen or (names != MOST_USED and options.risk not in EVERY_CHOICE):
             continue
         seen.add(names)
         name = f"gradient {options.risk or ''} of {' and '.join(names)}{suffix}".replace("  ", " ")
         row = "gradient logp" if names == ("logp",) else f"gradient {kind.removesuffix(', small mu')}"
-        yield Variant(name, row, options, given.needs_reference, names, main and names in (("logp", "risk"), ("logp",)))
+        yield Variant(name, row, options, given.needs_reference, names, main and names in (MOST_USED, ("logp",)))
 
 
 def _options(risk: RiskMeasure | None, transform: tuple[float, float | None], entropy: bool) -> RowOptions:
@@ -164,23 +180,25 @@ def _options(risk: RiskMeasure | None, transform: tuple[float, float | None], en
     return RowOptions(risk, scale, scale, softcap, softcap, -100, entropy)
 
 
-def row_case(variant: Variant, vocabulary: int, dtype: str) -> Case:
-    launch = partial(_launch_rows, variant, vocabulary, *DTYPES[dtype])
-    policy, reference = (kind.itemsize for kind in DTYPES[dtype])
+def row_case(variant: Variant, shape: Shape) -> Case:
+    policy, reference = (kind.itemsize for kind in DTYPES[shape.dtype])
     capped = variant.options.softcap is not None
-    return Case(variant.name, variant.budget, f"{vocabulary} {dtype}", vocabulary, (policy, reference), capped, launch)
+    launch = partial(_launch_rows, variant, shape)
+    return Case(variant.name, variant.budget, str(shape), shape.rows, (policy, reference), capped, launch)
 
 
-def _launch_rows(variant: Variant, vocabulary: int, policy: torch.dtype, reference: torch.dtype) -> None:
+def _launch_rows(variant: Variant, shape: Shape) -> None:
+    vocabulary, _, rows = shape
+    policy, reference = DTYPES[shape.dtype]
     options = variant.options
-    z = torch.empty(ROWS, vocabulary, dtype=policy)
-    r = torch.empty(ROWS, vocabulary, dtype=reference) if variant.reference else None
-    labels = torch.zeros(ROWS, dtype=torch.int64)
+    z = torch.empty(rows, vocabulary, dtype=policy)
+    r = torch.empty(rows, vocabulary, dtype=reference) if variant.reference else None
+    labels = torch.zeros(rows, dtype=torch.int64)
     if not variant.upstream:
         TRITON_ROWS.forward(z, r, labels, options)
         return
-    saved = torch.zeros(ROWS, TRITON_ROWS.saved_count(options.risk))
-    grads = RowGradients(*(torch.zeros(ROWS) if name in variant.upstream else None for name in RowGradients._fields))
+    saved = torch.zeros(rows, TRITON_ROWS.saved_count(options.risk))
+    grads = RowGradients(*(torch.zeros(rows) if name in variant.upstream else None for name in RowGradients._fields))
     TRITON_ROWS.backward(z, r, labels, grads, saved, options, torch.empty_like(z))
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.aot_count import Count, count
+from benchmarks.aot_count import Count, count, scalar_loads
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -112,7 +112,7 @@ def _describe(kernel: Any, log: str) -> Compiled:
         spill_unit="registers" if "amdgcn" in kernel.asm else "bytes",
         scalar_spills=scalar_spills,
         shared_bytes=kernel.metadata.shared,
-        load_bytes=load_bytes(machine),
+        load_bytes=load_bytes(machine, scalar_loads(kernel.asm["ttir"])),
         source=count(kernel.asm["ttir"], entries),
         expected=count(kernel.asm["ttir"], entries, threads),
         issued=count(kernel.asm["ttgir"], entries, threads, held_once=False),
@@ -141,9 +141,10 @@ AMD_LOAD = re.compile(r"\b(?:global|buffer)_load_(?:lds_)?(?:s|u)?(dword|byte|sh
 AMD_BYTES = {"dword": 4, "short": 2, "byte": 1}
 
 
-def load_bytes(machine: str) -> int:
-    """Width of the loads that bring most bytes, inside of loops where there are loads in loops."""
-    moved: dict[bool, Counter[int]] = {True: Counter(), False: Counter()}
+def load_bytes(machine: str, scalars: Iterable[int] = ()) -> int:
+    """Width of the loads that bring most bytes: those in loops, or, if there are none, all but the `scalars`."""
+    loops: Counter[int] = Counter()
+    others = Counter({width: -width * count for width, count in Counter(scalars).items()})
     depth = 0
     for line in machine.splitlines():
         if re.match(r"\$L__BB|\.LBB|// %bb|; %bb", line):
@@ -151,8 +152,8 @@ def load_bytes(machine: str) -> int:
         if comment := re.findall(r"Depth=(\d+)", line):  # LLVM writes the loops of a block beside and below its name
             depth = max(depth, *map(int, comment))
         if width := _width(line):
-            moved[depth > 0][width] += width
-    widths = moved[True] or moved[False]
+            (loops if depth else others)[width] += width
+    widths = loops or others
     return max(widths, key=lambda width: widths[width], default=0)
 
 

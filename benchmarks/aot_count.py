@@ -12,6 +12,7 @@ leave out. Of branches that exclude each other the dearer one counts.
 """
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -34,8 +35,16 @@ UNKNOWN = re.compile(
 
 LOCATION = re.compile(r'\s*loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)')
 OPERATION = re.compile(r'^(?:%[\w$.:-]+(?:, %[\w$.:-]+)* = )?"?([a-z_]\w*\.[\w.]+)"?')
-CONSTANT = re.compile(r"^(%[\w-]+) = arith\.constant (-?\d+) : (?:i\d+|index)$")
-FOR = re.compile(r"scf\.for (?:unsigned )?%\S+ = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)")
+CONSTANT = re.compile(r"^(%[\w.-]+) = arith\.constant (-?\d+) : (?:i\d+|index)$")
+SUM = re.compile(r"^(%[\w.-]+) = arith\.(addi|subi|muli|divsi|remsi) (%[\w.-]+), (%[\w.-]+)\b")
+ARITHMETIC = {
+    "addi": operator.add,
+    "subi": operator.sub,
+    "muli": operator.mul,
+    "divsi": operator.floordiv,
+    "remsi": operator.mod,
+}
+FOR = re.compile(r"scf\.for (?:unsigned )?%\S+ = (%[\w.-]+) to (%[\w.-]+) step (%[\w.-]+)")
 
 
 class Work(NamedTuple):
@@ -117,15 +126,14 @@ def count(ir: str, entries: int, threads: int = 1, held_once: bool = True) -> Co
         # a tile is ⌈entries / size⌉ times as often there as a row, the last time in part
         return max(lanes, threads) / (size * -(-entries // size))
 
-    constants = {m[1]: int(m[2]) for line in lines if (m := CONSTANT.match(line))}
     functions = [tree for tree in _walk(_trees(iter(lines))[0]) if tree.line.startswith("tt.func public")]
     if len(functions) != 1:
         raise ValueError(f"a kernel is one public function, found {len(functions)}")
-    return _Counter(constants, issued).blocks(functions[0].regions[0])
+    return _Counter({}, issued).blocks(functions[0].regions[0])
 
 
 class _Counter(NamedTuple):
-    constants: dict[str, int]
+    constants: dict[str, int]  # as far as they were met: names may come again in another region
     issued: Callable[[Shape], float]  # elements per entry of the row
 
     def blocks(self, region: list[Tree]) -> Count:
@@ -162,9 +170,11 @@ class _Counter(NamedTuple):
     def tree(self, tree: Tree) -> Count:
         if UNKNOWN.match(tree.name):
             raise ValueError(f"the work of {tree.name} is not known: count it in benchmarks/aot_count.py or drop it")
+        self.learn(tree.line)
+        turns = self.turns(tree.line) if tree.name == "scf.for" else 1
         inner = [self.region(region) for region in tree.regions]
         if tree.name == "scf.for":
-            return self.loop(tree.line, inner[0])
+            return inner[0].times(turns)
         if tree.name == "scf.while":
             return add(*inner).optional()
         if tree.name == "scf.if":
@@ -173,12 +183,23 @@ class _Counter(NamedTuple):
             return add(*inner).times(math.prod(shape_of(tree.end.split("->")[0]).sizes))
         return Count(self.work(tree))
 
-    def loop(self, line: str, body: Count) -> Count:
+    def learn(self, line: str) -> None:
+        """Integers that are known: bounds of loops are constants, or sums and products of them."""
+        if constant := CONSTANT.match(line):
+            self.constants[constant[1]] = int(constant[2])
+        elif (found := SUM.match(line)) and found[3] in self.constants and found[4] in self.constants:
+            self.constants[found[1]] = ARITHMETIC[found[2]](self.constants[found[3]], self.constants[found[4]])
+        elif name := re.match(r"%[\w.-]+", line):
+            self.constants.pop(name[0], None)
+
+    def turns(self, line: str) -> int:
         bounds = FOR.search(line)
         if bounds is None or not all(name in self.constants for name in bounds.groups()):
-            return body.optional()
+            raise ValueError(
+                f"the turns of a loop are not known: make its bounds tl.constexpr, or count it here: {line}"
+            )
         first, end, step = (self.constants[name] for name in bounds.groups())
-        return body.times(max(0, -(-(end - first) // step)))
+        return max(0, -(-(end - first) // step))
 
     def work(self, tree: Tree) -> Work:
         if tree.name not in COUNTED:
@@ -251,3 +272,10 @@ def _held(layout: str, layouts: dict[str, str], sizes: tuple[int, ...]) -> list[
     each, *spread = ([int(x) for x in part[1].split(",")] for part in parts if part)
     repeats = (-(-size // math.prod(tile)) for size, *tile in zip(sizes, each, *spread, strict=True))
     return [min(own, size) * again for own, size, again in zip(each, sizes, repeats, strict=True)]
+
+
+def scalar_loads(ir: str) -> list[int]:
+    """Bytes of every load of a single element, once each."""
+    lines = (LOCATION.sub("", line).strip() for line in ir.splitlines())
+    shapes = (shape_of(line) for line in lines if (match := OPERATION.match(line)) and match[1] in LOADS)
+    return [BYTES[shape.element] for shape in shapes if not shape.sizes]

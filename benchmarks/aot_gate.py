@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import rsa_kernels.fused
 from rich.table import Table
 from triton.runtime.jit import JITFunction
 
-from benchmarks.aot_cases import CAPPED, ROWS, SLACK, Budget, Case
+from benchmarks.aot_cases import CAPPED, SLACK, Budget, Case
 from benchmarks.aot_compile import TARGETS, Compiled, Launch, launches
 from benchmarks.aot_count import Count
 
@@ -104,7 +105,7 @@ def _replicated(case: Case, recorded: list[Launch]) -> Iterator[str]:
 
 def figures(case: Case, launch: Launch, count: Count) -> Figures:
     """Work per logit, or per token of a block of the recursion."""
-    always, more = count.times(launch.programs / ROWS if case.vocabulary else 1)
+    always, more = count.times(launch.programs / case.rows if case.rows else 1)
     return Figures(always.read + always.written, always.exponentials, more.read + more.written, more.exponentials)
 
 
@@ -142,6 +143,7 @@ def _row(case: Case, target: str, launch: Launch) -> dict[str, Any]:
     return {
         "case": case.name,
         "shape": case.shape,
+        "dtype": re.sub(r"^\d+ | of .*", "", case.shape),
         "target": target,
         "kernel": kernel.kernel,
         "sizes": _sizes(kernel),
@@ -169,7 +171,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
         table.add_column(name, justify="right")
     lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault((row["case"], row["shape"].split(" ", 1)[-1], row["kernel"]), []).append(row)
+        lines.setdefault((row["case"], row["dtype"], row["kernel"]), []).append(row)
     for (case, dtype, _), same in lines.items():
         table.add_row(case, dtype, *_cells(same))
     return table

@@ -22,12 +22,13 @@ import triton.language as tl  # noqa: E402
 
 from benchmarks import aot  # noqa: E402
 from benchmarks.aot_cases import BUDGETS, MEASURES, cases  # noqa: E402
-from benchmarks.aot_compile import _amd  # noqa: E402
-from benchmarks.aot_count import count  # noqa: E402
+from benchmarks.aot_compile import _amd, _width, load_bytes  # noqa: E402
+from benchmarks.aot_count import count, scalar_loads  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 TARGETS = [*NVIDIA, "gfx942"]
+ROWS = 16
 
 
 @triton.jit
@@ -79,13 +80,13 @@ def wide(z_ptr, stride, out_ptr, V: tl.constexpr, BLOCK_V: tl.constexpr):
 
 def planted() -> dict:
     """What the gate says about the kernels above."""
-    from benchmarks.aot_cases import ROWS, Budget, Case
-    from benchmarks.aot_compile import _compiled, _width
+    from benchmarks.aot_cases import Budget, Case
+    from benchmarks.aot_compile import _compiled
     from benchmarks.aot_gate import run
 
     def case(name, budget, vocabulary, launch):
         z, r = (torch.empty(ROWS, vocabulary, dtype=torch.bfloat16) for _ in range(2))
-        return Case(name, budget, f"{vocabulary} bf16", vocabulary, (2, 2), False, lambda: launch(z, r))
+        return Case(name, budget, f"{vocabulary} bf16", ROWS, (2, 2), False, lambda: launch(z, r))
 
     def pair(z, r, again=False, extra=False):
         out = torch.empty(ROWS)
@@ -159,8 +160,8 @@ def test_entries_beyond_the_vocabulary_count_for_nothing(gate):
 
 def test_machine_code_has_the_exponentials_per_byte_that_are_counted(gate):
     """And as many of both as are issued, or a whole multiple where LLVM has unrolled the loop."""
-    for row, (load_bytes, exponentials) in zip(rows_of(gate, "right"), gate["machine"], strict=True):
-        turns = load_bytes * row["threads"] / 2048 / 4
+    for row, (loaded, exponentials) in zip(rows_of(gate, "right"), gate["machine"], strict=True):
+        turns = loaded * row["threads"] / 2048 / 4
         assert turns == int(turns) >= 1
         assert exponentials * row["threads"] / 2048 / turns == row["issued_exponentials_per_logit"] == 2
 
@@ -272,6 +273,45 @@ def test_of_two_branches_the_dearer_one_counts():
     assert exponentials(f"scf.if %b {{\n {loop()} }} else {{\n {twice} }}\n", 64) == (2, 0)
     early = f"cf.cond_br %b, ^bb1, ^bb2\n ^bb1:  // pred: ^bb0\n {twice} tt.return\n ^bb2:  // pred: ^bb0\n {loop()}"
     assert exponentials(early, 64) == (2, 0)
+
+
+def test_bounds_of_a_loop_may_be_sums_and_products():
+    """As Triton writes them where it unrolls a loop by two."""
+    unrolled = "%s = arith.muli %c8, %c8 : i32\n" + loop().replace("step %c8", "step %s")
+    assert exponentials(unrolled, 64) == (1 / 8, 0)
+    again = "%s = arith.subi %x, %c8 : i32\n" + loop().replace(
+        "step %c8", "step %s"
+    )  # the name stands for another number
+    with pytest.raises(ValueError, match="the turns of a loop are not known"):
+        exponentials(unrolled + again, 64)
+
+
+def test_loads_of_single_elements_do_not_hide_those_of_tiles():
+    machine = "ld.global.b64 x\n ld.global.v4.b32 x\n" + "ld.global.b32 x\n" * 5
+    ir = (
+        "%1 = tt.load %a : !tt.ptr<i64> loc(#loc1)\n%2 = tt.load %b : tensor<8x!tt.ptr<bf16>>\n"
+        + "%3 = tt.load %c : !tt.ptr<f32>\n" * 5
+    )
+    assert scalar_loads(ir) == [8, 4, 4, 4, 4, 4]
+    assert load_bytes(machine) == 4
+    assert load_bytes(machine, scalar_loads(ir)) == 16
+
+
+@pytest.mark.parametrize(
+    ("line", "width"),
+    [
+        ("@%p1 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", 16),
+        ("ld.global.nc.b16 { %rs1 }, [ %rd1 + 0 ];", 2),
+        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 16),
+        ("global_load_dwordx4 v[0:3], v1, s[2:3]", 16),
+        ("buffer_load_ushort v1, v2, s[0:3], 0 offen", 2),
+        ("global_load_short_d16_hi v1, v2, s[2:3]", 2),
+        ("st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };", 0),
+        ("ld.shared.b32 %r1, [ %r2 ];", 0),
+    ],
+)
+def test_widths_of_instructions(line, width):
+    assert _width(line) == width
 
 
 def test_an_exponential_in_a_reduction_is_one_per_element():
