@@ -1,7 +1,9 @@
 """Agree first: nothing is timed that does not compute what it should.
 
 A provider may be twice as far from the float64 truth as plain torch in the same dtype that adds up in the same order,
-plus a little: 1e-6 in fp32 and 1e-4 in bf16, gradients in units of the largest upstream gradient.
+plus a little: 1e-6 in fp32 and 1e-4 in bf16, gradients in units of the largest upstream gradient. From hidden states in
+bf16 most of that is the rounding of logits, which everybody shares; what rows compute is held tightly where logits are
+the inputs.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from benchmarks.cases import Case, Spec
 from benchmarks.kernels_exact import BETA, DPO, JSD, LABELS, Named, sequences
 from benchmarks.providers import Missing, Offer, Provider
 
-JSD_ROWS = 1024  # of a chunk, the library's default
+CHUNK_ROWS = 1024  # of Liger's distillation by default
 NOT_INSTALLED = "liger_kernel is not installed: pip install -c constraints.txt liger-kernel"
 
 
@@ -83,7 +83,7 @@ def linear_peers(spec: Spec, device: torch.device, dtype: torch.dtype) -> Iterat
     yield _liger_dpo(spec, device, dtype)
     yield _liger_jsd(spec, device, dtype)
     if spec.risk is None:
-        yield _torch_cross_entropy()
+        yield _torch_cross_entropy(spec, dtype)
 
 
 def _liger_dpo(spec: Spec, device: torch.device, dtype: torch.dtype) -> Offer:
@@ -110,13 +110,13 @@ def _liger_jsd(spec: Spec, device: torch.device, dtype: torch.dtype) -> Offer:
         return Missing("liger-jsd", NOT_INSTALLED)
     if spec.head == "frozen":
         return Missing("liger-jsd", "it always computes the gradient of the head")
-    how = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "chunk_size": JSD_ROWS}
+    how = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "chunk_size": CHUNK_ROWS}
     loss = _chunked_loss("LigerFusedLinearJSDLoss", **how, compiled=device.type == "cuda")
 
     def call(case: Case, t: Named) -> Named:
         return {"loss": loss(t["hidden"], t["weight"], t["ref_hidden"], t["ref_weight"], t["labels"])}
 
-    blocks = max(1, spec.shape[0] // JSD_ROWS)
+    blocks = max(1, spec.shape[0] // CHUNK_ROWS)
     return Provider("liger-jsd", "peer", call, JSD, "it makes the gradients, wanted or not", blocks, dtype)
 
 
@@ -124,7 +124,7 @@ def _chunked_loss(name: str, **options: Any) -> Any:
     return getattr(importlib.import_module("liger_kernel.chunked_loss"), name)(**options)
 
 
-def _torch_cross_entropy() -> Offer:
+def _torch_cross_entropy(spec: Spec, dtype: torch.dtype) -> Offer:
     if not hasattr(F, "linear_cross_entropy"):
         return Missing("torch-lce", f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -134,4 +134,5 @@ def _torch_cross_entropy() -> Offer:
             "logp": -F.linear_cross_entropy(t["hidden"], t["weight"], t["labels"], reduction="none", options=options)
         }
 
-    return Provider("torch-lce", "peer", call, LABELS)
+    # it adds up chunks, of a size of its own, in the dtype of the weight
+    return Provider("torch-lce", "peer", call, LABELS, blocks=max(1, spec.shape[0] // CHUNK_ROWS), sums=dtype)

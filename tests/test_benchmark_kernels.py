@@ -251,7 +251,9 @@ def test_losses_over_sequences_are_differentiated_through_their_rows(objective):
     found = kernels_exact.defined(given, objective, blocks=3)
     for name, gradient in whole_gradient(objective, given).items():
         torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-14)
-    assert found.unit <= 1  # gradients of a mean are small: errors are measured in it
+    # gradients of a mean are small, so errors are measured in the largest that reaches a row
+    rows = given.spec.shape[0]
+    assert found.unit == pytest.approx({"dpo": 0.05, "jsd": 1 / rows, "labels": 1.0}[objective.name], rel=0.1)
 
 
 def test_preference_loss_hand_worked():
@@ -328,7 +330,7 @@ def test_long_methods_are_sampled_less_often(monkeypatch):
 
 
 def test_a_ratio_is_of_samples_a_moment_apart():
-    assert timing.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == timing.Quantiles(2, 2, 2)
+    assert timing.ratio([2.0, 2.0, 200.0], [1.0, 10.0, 100.0]).median == 2
 
 
 HELD = 10 * 2**20
@@ -372,15 +374,18 @@ def test_expected_work_hand_worked():
     assert case(Spec("nested", (3, 5))).moved == {"forward": 8 * 15, "forward+backward": 16 * 15}
 
 
-def test_the_copy_moves_the_bytes_of_the_call(monkeypatch):
-    """Read and written together."""
+@pytest.mark.parametrize("at_once", [10**6, 100])
+def test_the_copy_moves_the_bytes_of_the_call(monkeypatch, at_once):
+    """Read and written together, through one buffer or piece by piece."""
     given = case(Spec("logits", (16, 64), KL()))
-    sizes = []
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: sizes.append(self.nbytes + source.nbytes))
+    moved: list[int] = []
+    monkeypatch.setattr(providers, "COPIED", at_once)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: moved.append(self.nbytes + source.nbytes))
     [copy] = providers.floors(given.spec)
-    for way in copy.make(given).values():
+    for mode, way in copy.make(given).items():
+        moved.clear()
         way()
-    assert sizes == [given.moved["forward"], given.moved["forward+backward"]]
+        assert sum(moved) == given.moved[mode]
 
 
 # ---- goals -----------------------------------------------------------------------------------------------------------
