@@ -15,6 +15,8 @@ from rsa_kernels.fused.rows import TRITON_ROWS
 from rsa_kernels.loop import upstream
 from rsa_kernels.pairs import RowGradients, RowOptions
 from rsa_kernels.risk import ERM, KL, CVaR, RiskMeasure
+from rsa_kernels.workspace import padded
+from torch import Tensor
 
 
 class Budget(NamedTuple):
@@ -85,9 +87,15 @@ class Shape(NamedTuple):
     vocabulary: int
     dtype: str
     rows: int = 16  # a multiple of 16, as those of chunks are
+    padded: bool = False  # rows as those that the linear head computes
 
     def __str__(self) -> str:
-        return f"{self.vocabulary} {self.dtype}" + f" of {self.rows} rows" * (self.rows > 16)
+        kind = " of padded rows" if self.padded else f" of {self.rows} rows" if self.rows > 16 else ""
+        return f"{self.vocabulary} {self.dtype}{kind}"
+
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        stride = padded(self.vocabulary) if self.padded else self.vocabulary
+        return torch.empty(self.rows, stride, dtype=dtype)[:, : self.vocabulary]
 
 
 DTYPES = {
@@ -97,7 +105,8 @@ DTYPES = {
 }
 VOCABULARIES = (128256, 32000, 151936, 50257)  # rows of the last are not aligned
 LARGE = Shape(128256, "bf16", 8400)  # over 2 GiB, where AMD kernels address memory in another way; it is never touched
-SHAPES = (*starmap(Shape, product(VOCABULARIES, ("bf16", "fp32"))), Shape(128256, "fp32 and bf16"), LARGE)
+PADDED = Shape(50257, "bf16", padded=True)
+SHAPES = (*starmap(Shape, product(VOCABULARIES, ("bf16", "fp32"))), Shape(128256, "fp32 and bf16"), LARGE, PADDED)
 MAIN_SHAPES = tuple(
     shape for shape in SHAPES if shape.dtype == "bf16" or shape[:2] in {(128256, "fp32"), (50257, "fp32")}
 )
@@ -171,7 +180,8 @@ def _gradients(options: RowOptions, kind: str, suffix: str, main: bool) -> Itera
             continue
         seen.add(names)
         name = f"gradient {options.risk or ''} of {' and '.join(names)}{suffix}".replace("  ", " ")
-        row = "gradient logp" if names == ("logp",) else f"gradient {kind.removesuffix(', small mu')}"
+        weights = kind.removesuffix(", small mu") if "risk" in names else "KL"  # kl alone takes those of the KL
+        row = "gradient logp" if names == ("logp",) else f"gradient {weights}"
         yield Variant(name, row, options, given.needs_reference, names, main and names in (MOST_USED, ("logp",)))
 
 
@@ -188,18 +198,19 @@ def row_case(variant: Variant, shape: Shape) -> Case:
 
 
 def _launch_rows(variant: Variant, shape: Shape) -> None:
-    vocabulary, _, rows = shape
     policy, reference = DTYPES[shape.dtype]
     options = variant.options
-    z = torch.empty(rows, vocabulary, dtype=policy)
-    r = torch.empty(rows, vocabulary, dtype=reference) if variant.reference else None
-    labels = torch.zeros(rows, dtype=torch.int64)
+    z, out = shape.empty(policy), shape.empty(policy)
+    r = shape.empty(reference) if variant.reference else None
+    labels = torch.zeros(shape.rows, dtype=torch.int64)
     if not variant.upstream:
         TRITON_ROWS.forward(z, r, labels, options)
         return
-    saved = torch.zeros(rows, TRITON_ROWS.saved_count(options.risk))
-    grads = RowGradients(*(torch.zeros(rows) if name in variant.upstream else None for name in RowGradients._fields))
-    TRITON_ROWS.backward(z, r, labels, grads, saved, options, torch.empty_like(z))
+    saved = torch.zeros(shape.rows, TRITON_ROWS.saved_count(options.risk))
+    grads = RowGradients(
+        *(torch.zeros(shape.rows) if name in variant.upstream else None for name in RowGradients._fields)
+    )
+    TRITON_ROWS.backward(z, r, labels, grads, saved, options, out)
 
 
 def _nested_cases() -> Iterator[Case]:

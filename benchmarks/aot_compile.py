@@ -96,6 +96,11 @@ def launches(target: str) -> Iterator[list[Launch]]:
         yield recorded
 
 
+def kernel_name(function: JITFunction) -> str:
+    """With its module: several modules may have a gradient."""
+    return f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
+
+
 def _describe(kernel: Any, log: str) -> Compiled:
     source = kernel.src
     constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
@@ -104,7 +109,7 @@ def _describe(kernel: Any, log: str) -> Compiled:
     machine = kernel.asm["amdgcn" if "amdgcn" in kernel.asm else "ptx"]
     registers, spills, scalar_spills = _amd(machine) if "amdgcn" in kernel.asm else _nvidia(log)
     return Compiled(
-        kernel=kernel.name,
+        kernel=kernel_name(source.fn),
         constants=constants,
         threads=threads,
         registers=registers,

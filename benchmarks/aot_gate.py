@@ -11,7 +11,7 @@ from rich.table import Table
 from triton.runtime.jit import JITFunction
 
 from benchmarks.aot_cases import CAPPED, SLACK, Budget, Case
-from benchmarks.aot_compile import TARGETS, Compiled, Launch, launches
+from benchmarks.aot_compile import TARGETS, Compiled, Launch, kernel_name, launches
 from benchmarks.aot_count import Count
 
 REPLICATION = 1.25  # issued by the threads, over what they would issue if each element were held by one of them
@@ -131,9 +131,8 @@ def unlaunched(kernels: set[str]) -> list[str]:
     """A sentence for every kernel of rsa_kernels.fused that no case launches."""
     names = [f"rsa_kernels.fused.{module.name}" for module in pkgutil.iter_modules(rsa_kernels.fused.__path__)]
     members = [member for name in names for member in vars(importlib.import_module(name)).values()]
-    functions = [member for member in members if isinstance(member, JITFunction)]
-    entries = {f.fn.__name__: f.fn.__module__ for f in functions if "tl.program_id" in f.src}
-    return [f"{module}.{name} is launched by no case" for name, module in entries.items() if name not in kernels]
+    entries = {kernel_name(f) for f in members if isinstance(f, JITFunction) and "tl.program_id" in f.src}
+    return [f"{name} is launched by no case" for name in sorted(entries - kernels)]
 
 
 def _row(case: Case, target: str, launch: Launch) -> dict[str, Any]:

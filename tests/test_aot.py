@@ -21,9 +21,10 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from benchmarks import aot  # noqa: E402
-from benchmarks.aot_cases import BUDGETS, MEASURES, cases  # noqa: E402
-from benchmarks.aot_compile import _amd, _width, load_bytes  # noqa: E402
-from benchmarks.aot_count import count, scalar_loads  # noqa: E402
+from benchmarks.aot_cases import BUDGETS, MEASURES, Budget, Case, cases  # noqa: E402
+from benchmarks.aot_compile import Compiled, Launch, _amd, _width, load_bytes  # noqa: E402
+from benchmarks.aot_count import Count, Work, count, scalar_loads  # noqa: E402
+from benchmarks.aot_gate import check, granted  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
@@ -80,9 +81,8 @@ def wide(z_ptr, stride, out_ptr, V: tl.constexpr, BLOCK_V: tl.constexpr):
 
 def planted() -> dict:
     """What the gate says about the kernels above."""
-    from benchmarks.aot_cases import Budget, Case
     from benchmarks.aot_compile import _compiled
-    from benchmarks.aot_gate import run
+    from benchmarks.aot_gate import run, unlaunched
 
     def case(name, budget, vocabulary, launch):
         z, r = (torch.empty(ROWS, vocabulary, dtype=torch.bfloat16) for _ in range(2))
@@ -116,7 +116,12 @@ def planted() -> dict:
         loops.append((sum(map(_width, lines)), sum(bool(re.search(r"\bex2\.|\bv_exp_f32", line)) for line in lines)))
     # LLVM takes 15 seconds to find registers for it on gfx942
     wide_rows, wide_failures = run([case("wide", "one", 50257, row_at_once)], budgets, NVIDIA)
-    return {"rows": rows + wide_rows, "failures": failures + wide_failures, "machine": loops}
+    return {
+        "rows": rows + wide_rows,
+        "failures": failures + wide_failures,
+        "machine": loops,
+        "unlaunched": unlaunched({"statistics.statistics_kernel"}),
+    }
 
 
 def run_python(*command: str, **variables: str) -> subprocess.CompletedProcess:
@@ -329,6 +334,43 @@ def test_what_is_not_counted_is_refused(name):
         exponentials(f"%0 = {name} %x : tensor<8xf32>", 64)
 
 
+def sentences(**changes) -> list[str]:
+    """What the gate says about a kernel that is right but for `changes`."""
+    kernel = Compiled(
+        kernel="kernel", constants={"V": 32000, "BLOCK_V": 1024}, threads=128, registers=40, spills=0, spill_unit="bytes",
+        scalar_spills=0, shared_bytes=0, load_bytes=16, source=TWO, expected=TWO, issued=TWO,
+    )  # fmt: skip
+    case = Case("case", "two", "32000 bf16", ROWS, (2, 2), False, lambda: None)
+    return list(check(case, [Launch(kernel._replace(**changes), ROWS)], {"two": Budget(2, 0, 2)}))
+
+
+TWO = Count(Work(4, 0, 2))
+
+
+def test_what_is_issued_more_than_once_fails():
+    assert sentences() == []
+    assert sentences(issued=Count(Work(4, 0, 2.5))) == []
+    [sentence] = sentences(issued=Count(Work(4, 0, 4)))
+    assert "the 128 threads of kernel issue 4.00 exponentials per logit, 2.00 would do: with BLOCK_V=1024" in sentence
+    [sentence] = sentences(issued=Count(Work(8, 0, 2)))
+    assert "issue 8.00 bytes per logit" in sentence
+
+
+def test_scalar_registers_may_spill_and_others_may_not():
+    assert sentences(scalar_spills=10) == []
+    assert "kernel spills 1 registers" in sentences(spills=1, spill_unit="registers")[0]
+
+
+def test_work_that_the_data_ask_for_has_a_budget_too():
+    [sentence] = sentences(source=Count(TWO.always, Work(2, 0, 0)))
+    assert "kernel takes 2.000 more bytes where the data ask for it per logit, its budget 'two' is 0" in sentence
+
+
+def test_a_softcap_costs_an_exponential_per_logit_read():
+    case = Case("case", "two", "32000 bf16", ROWS, (4, 2), True, lambda: None)
+    assert granted(case, Budget(4, 1, 3, more_reads=1)) == (2 * 6 + 4, 3 + 4, 4, 1)
+
+
 def test_every_budget_is_about_some_case_and_every_case_has_one():
     assert {case.budget for case in cases(quick=False)} == {case.budget for case in cases(quick=True)} == set(BUDGETS)
 
@@ -347,7 +389,10 @@ def test_the_kernels_that_ship_pass(tmp_path):
     assert results == json.loads((tmp_path / "gate.json").read_text())
     assert results["failures"] == []
     assert {row["target"] for row in results["results"]} == set(TARGETS)
-    assert {row["kernel"] for row in results["results"]} >= {"statistics_kernel", "gradient_kernel", "to_go_kernel"}
+    assert {row["kernel"] for row in results["results"]} == {
+        *("statistics.statistics_kernel", "gradient.gradient_kernel"),
+        *("nested.to_go_kernel", "nested.gradient_kernel"),
+    }
     assert results["triton"] == triton.__version__
 
 
@@ -377,6 +422,11 @@ def test_a_folder_with_another_version_is_refused(tmp_path):
     (tmp_path / "aot-3.6.0" / "triton-3.9.0.dist-info" / "METADATA").write_text("Name: triton\nVersion: 3.9.0\n")
     with pytest.raises(SystemExit, match=r"aot-3.6.0 holds triton \['3.9.0'\], not 3.6.0"):
         aot.main(options("--venvs", str(tmp_path), "--triton", "3.6.0"))
+
+
+def test_a_kernel_that_no_case_launches_is_named(gate):
+    others = ["gradient.gradient_kernel", "nested.gradient_kernel", "nested.to_go_kernel"]
+    assert gate["unlaunched"] == [f"{name} is launched by no case" for name in others]
 
 
 if __name__ == "__main__":
