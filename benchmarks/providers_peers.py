@@ -38,16 +38,24 @@ def published(spec: Spec) -> Provider:
 
 def published_rows(z: Tensor, r: Tensor, labels: Tensor, risk: RiskMeasure | None) -> Named:
     """logp, ref_logp, ρ_{v∼p}(log p_v − log q_v) and its mean, of logits [N, V]."""
-    z, r = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (z, r.detach()))
-    log_q, log_p = z.log_softmax(-1), r.log_softmax(-1)
+    z, r = (_centred(t) for t in (z, r.detach()))
+    # log-softmax written out: torch's own adds up with twice the error of the definition on a CPU
+    z_norm, r_norm = (t.logsumexp(-1, keepdim=True) for t in (z, r))
+    log_q, log_p = z - z_norm, r - r_norm
     logp, ref_logp = (t.gather(-1, labels[:, None]).squeeze(-1) for t in (log_q, log_p))
     if risk is None:
         return {"logp": logp, "ref_logp": ref_logp}
     p = log_p.exp()
     # The logits first: outcomes that tie in them must stay tied, or rounding would decide which of them are the tail.
-    x = (r - z) - (r.logsumexp(-1, keepdim=True) - z.logsumexp(-1, keepdim=True))
+    x = (r - z) - (r_norm - z_norm)
     kl = (p * x).sum(-1)
     return {"logp": logp, "ref_logp": ref_logp, "risk": _published_risk(risk, x, p, log_p, kl), "kl": kl}
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """In fp32 or fp64, the largest of each row 0."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits - logits.detach().amax(-1, keepdim=True)
 
 
 def _published_risk(risk: RiskMeasure, x: Tensor, p: Tensor, log_p: Tensor, kl: Tensor) -> Tensor:

@@ -633,10 +633,26 @@ def same_kernels(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("same_kernels")
 def test_what_another_device_found_is_measured_again():
-    here = timing.environment(CPU)
+    here = timing.environment(kernels_pieces._device())
     assert kernels_pieces.usable({"environment": here, "records": [1]})["records"] == [1]
     assert kernels_pieces.usable({"environment": here | {"device": "NVIDIA H100"}, "records": [1]}) == {}
     assert kernels_pieces.usable({"environment": here | {"sources": "0123"}, "records": [1]}) == {}
+
+
+@pytest.mark.usefixtures("same_kernels")
+def test_a_piece_of_benchmarks_keeps_what_it_measured():
+    """The second run finds one of two cases done; the compiler is a provider, as on a GPU, where it can run."""
+    cases = [Spec("linear", (6, 4, 9), risk, "trainable") for risk in (KL(), None)]
+    saved: list[dict] = []
+    first = kernels_pieces._benchmark(cases[:1], ("naive", "compiled"), {}, saved.append, math.inf)
+    assert first["complete"]
+    assert saved[-1]["records"] == first["records"]
+    timed = {r["provider"] for r in first["records"] if r["metric"] == TIME}
+    assert timed | {r["provider"] for r in first["missing"]} == {"gemms", "naive", "compiled"}
+    assert "naive" in timed
+    again = kernels_pieces._benchmark(cases, ("naive",), json.loads(json.dumps(first)), saved.append, math.inf)
+    assert again["done"] == [str(spec) for spec in cases]
+    assert again["records"][: len(first["records"])] == first["records"]
 
 
 @pytest.fixture
