@@ -156,6 +156,14 @@ def test_awkward_rows(risk, kind):
     assert_definition(z, r, torch.tensor([147, 141, 144]), risk, entropy=True)
 
 
+@pytest.mark.parametrize("risk", [KL(), ERM(-1), ERM(0.1), ERM(1), ERM(5), ERM(9)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_awkward_rows_in_half_precision(risk, kind):
+    """ERM takes one sweep here where its terms are not too large, and a second one otherwise; fp32 always takes two."""
+    z, r = (t.bfloat16() for t in KINDS[kind](*logits(3, 400)))
+    assert_definition(z, r, torch.tensor([147, 141, 144]), risk, entropy=True)
+
+
 @every_risk
 @pytest.mark.parametrize(
     "options",

@@ -36,14 +36,12 @@ def statistics_kernel(
     r_row = r_ptr + row * r_stride if HAS_REF else z_row
     if label != IGNORE_INDEX:
         z_y = label_logit(z_row, label, V, SCALE, SOFTCAP)
-        # fp32 logits lose digits when the maxima are subtracted; times μ that is too much: ERM sums in a second sweep
-        TWICE: tl.constexpr = RISK == "erm" and (
-            z_row.dtype.element_ty == tl.float32 or r_row.dtype.element_ty == tl.float32
-        )
+        # μ times what fp32 logits lose when maxima are subtracted would be too much: there ERM sums in a second sweep
+        FP32: tl.constexpr = z_row.dtype.element_ty == tl.float32 or r_row.dtype.element_ty == tl.float32
+        SUMS: tl.constexpr = "cvar" if RISK == "erm" and FP32 else RISK
         m_z, m_r, s_z, s_r, drift, tilt, cold = sweep(
-            z_row, r_row, V, SCALE, SOFTCAP, REF_SCALE, REF_SOFTCAP,
-            "kl" if TWICE else RISK, MU, HAS_REF, ENTROPY, BLOCK_V, LANES,
-        )  # fmt: skip
+            z_row, r_row, V, SCALE, SOFTCAP, REF_SCALE, REF_SOFTCAP, SUMS, MU, HAS_REF, ENTROPY, BLOCK_V, LANES
+        )
         log_z, log_r = tl.log(s_z), tl.log(s_r)
         tl.store(logp_ptr + row, (z_y - m_z) - log_z)
         if ENTROPY:
@@ -67,8 +65,8 @@ def statistics_kernel(
             tl.store(risk_ptr + row, kl)
         if RISK == "erm" or RISK == "small_erm":
             value, top, log_norm = entropic(
-                z_row, r_row, norm_z, norm_r, rest_z, rest_r, s_r, c, drift, float("inf") if TWICE else tilt,
-                V, SCALE, SOFTCAP, REF_SCALE, REF_SOFTCAP, RISK, MU, LANES,
+                z_row, r_row, norm_z, norm_r, rest_z, rest_r, s_r, c, drift, tilt,
+                V, SCALE, SOFTCAP, REF_SCALE, REF_SOFTCAP, SUMS, MU, LANES,
             )  # fmt: skip
             tl.store(risk_ptr + row, value)
             tl.store(saved_row + 3, top)
@@ -177,20 +175,23 @@ def maxima(z, r, HAS_REF: tl.constexpr):
 def entropic(
     z_row, r_row, norm_z, norm_r, rest_z, rest_r, s_r, c, drift, tilt, V: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, REF_SCALE: tl.constexpr, REF_SOFTCAP: tl.constexpr,
-    RISK: tl.constexpr, MU: tl.constexpr, LANES: tl.constexpr,
+    SUMS: tl.constexpr, MU: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The risk log E exp(μ x) / μ, and that logarithm as the sum of a large and a small part.
 
     From the sum `tilt`, or by one more sweep where its terms are so large that they have lost digits, or are inf.
     """
-    if RISK == "small_erm":  # as the KL and what is beyond it: both keep their digits, a logarithm near 0 would not
-        mean = tl.div_rn(drift, s_r)
-        beyond = tl.div_rn(tilt, s_r)
+    mean = tl.div_rn(drift, s_r)
+    beyond = tl.div_rn(tilt, s_r)
+    if SUMS == "small_erm":  # the KL and what is beyond it keep their digits, which the logarithm near 1 would not
         useful = MU * mean + beyond < 1.0
         value = (mean - c) + tl.div_rn(beyond - log1p_deficit(MU * mean + beyond), MU)
-    else:
-        useful = tilt < 1e6 * s_r
-        value = tl.div_rn(tl.log(tl.div_rn(tilt, s_r)), MU) - c
+    elif SUMS == "erm":
+        useful = beyond < 1e6
+        value = tl.div_rn(tl.log(beyond), MU) - c
+    else:  # where x has no spread the risk is its mean, exactly: that of a policy equal to its reference is 0
+        useful = beyond == 0.0
+        value = mean - c
     top, log_norm = tl.full((), 0.0, tl.float32), MU * value
     if not useful:  # nan is not
         highest, total = tl.full((LANES,), LOWEST, tl.float32), tl.zeros((LANES,), tl.float32)
