@@ -344,14 +344,14 @@ def test_a_wide_root_is_the_measure_itself(risk):
 
 def test_a_measure_is_shown_every_outcome_once_and_no_other():
     """One family of 20 000 beside 20 000 families of one and two: padded to one matrix they would be 4·10⁸ outcomes."""
-    parents = torch.cat([torch.tensor([-1]), torch.zeros(20_001), torch.arange(1, 20_001), torch.arange(1, 10_001)])
+    parents = torch.cat([torch.tensor([-1]), torch.zeros(20_001), torch.arange(1, 20_001), torch.arange(2, 20_001, 2)])
     parents = torch.cat([parents, torch.full((20_000,), 20_001)]).long()
     sizes = parents[1:].bincount(minlength=len(parents))
     probs = torch.cat([torch.zeros(1), 1 / sizes[parents[1:]].double()])
     worst, costs = WorstOutcome(), -1 - torch.rand(len(parents))  # below 0, which padding would hold
     nested = nested_risk_tree(*tensors(costs, probs, parents), worst)
     assert sorted(worst.shown) == [(1, 20_000), (1, 20_001), (10_000, 1), (10_000, 2)]
-    assert nested[1].item() == pytest.approx((costs[1] + torch.maximum(costs[20_002], costs[40_002])).item(), abs=1e-6)
+    assert nested[2].item() == pytest.approx((costs[2] + torch.maximum(costs[20_003], costs[40_002])).item(), abs=1e-6)
     assert nested.max() < -1
 
 
