@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from rsa_kernels import ERM, KL, CVaR, linear, linear_token_risk
+from rsa_kernels import ERM, KL, CVaR, linear, linear_token_risk, ops
 from test_ops import LEAVES, assert_within_naive_error, evaluate, head
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -113,12 +113,44 @@ def test_ignored_rows_are_harmless(impl, strategy):
 
 
 @every_impl
-@pytest.mark.parametrize("strategy", LEARNED)
+@pytest.mark.parametrize("strategy", [*LEARNED, "frozen"])
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_tokens(impl, strategy, count):
-    case = head(2, 7)
+    case, leaves = head(2, 7), ("hidden",) if strategy == "frozen" else LEAVES
     case = {k: t[1 - count : 1] if k in ("hidden", "ref_hidden", "labels") else t for k, t in case.items()}
-    compare(case, CVaR(0.5), torch.float32, strategy=strategy, impl=impl)
+    compare(case, CVaR(0.5), torch.float32, leaves, strategy=strategy, impl=impl)
+
+
+@every_impl
+@pytest.mark.parametrize("ratio", [None, 0.5])
+@pytest.mark.parametrize("strategy", [*LEARNED, "frozen"])
+def test_all_ignored_stays_connected(impl, strategy, ratio):
+    """A distributed step would hang if one rank had no graph."""
+    leaves = ("hidden",) if strategy == "frozen" else LEAVES
+    case = on_device(head(5, 33))
+    case["labels"][:] = -100
+    upstream = torch.full((3, 5), torch.nan, device=DEVICE)
+    result = evaluate(case, CVaR(0.5), upstream, leaves, strategy=strategy, risk_over_logp=ratio, impl=impl)
+    assert all((t == 0).all() for t in result.values())
+
+
+@pytest.mark.parametrize("strategy", [*LEARNED, "frozen"])
+def test_hidden_states_and_weights_of_any_layout(strategy):
+    leaves, upstream, case = ("hidden",) if strategy == "frozen" else LEAVES, torch.randn(3, 9), head(9, 33)
+    case["hidden"], case["ref_hidden"] = (case[k][:1].expand(9, -1) for k in ("hidden", "ref_hidden"))
+    expected = evaluate(case, CVaR(0.5), upstream, leaves, strategy=strategy, impl="chunked")
+    views = dict(case)
+    for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
+        views[name] = case[name].t().contiguous().t() if "hidden" in name else torch.cat([case[name]] * 2, 1)[:, ::2]
+        views[name] = torch.empty_strided(case[name].shape, views[name].stride()).copy_(case[name])
+    hidden = views["hidden"].requires_grad_()
+    leaf = [hidden, *(views[k].requires_grad_() for k in leaves[1:])]
+    states = (views[k] for k in ("hidden", "weight", "ref_hidden", "ref_weight", "labels"))
+    options = {"bias": views["bias"], "ref_bias": views["ref_bias"], "strategy": strategy, "impl": "chunked"}
+    stats = linear_token_risk(*states, CVaR(0.5), **options)
+    loss = sum((u * o).sum() for u, o in zip(upstream, (stats.logp, stats.risk, stats.kl), strict=True))
+    for name, gradient in zip(leaves, torch.autograd.grad(loss, leaf), strict=True):
+        torch.testing.assert_close(gradient, expected[f"d_{name}"], rtol=0, atol=2e-5)
 
 
 # ---- padded vocabularies ---------------------------------------------------------------------------------------------
@@ -217,6 +249,22 @@ def test_backward_twice(impl, strategy):
         torch.autograd.grad(loss, leaves)
 
 
+@pytest.mark.parametrize("ratio", [None, 0.5])
+@pytest.mark.parametrize("strategy", [*LEARNED, "frozen"])
+def test_second_derivatives_are_refused(strategy, ratio):
+    """What is kept is a constant to autograd, so that its derivatives would be wrong or 0; the first ones are right."""
+    case = head(9, 65)
+    leaves = [case[k].requires_grad_() for k in (("hidden",) if strategy == "frozen" else ("hidden", "weight"))]
+    states = (case[k] for k in ("hidden", "weight", "ref_hidden", "ref_weight", "labels"))
+    stats = linear_token_risk(*states, CVaR(0.3), strategy=strategy, risk_over_logp=ratio)
+    loss = (stats.logp + 0.5 * stats.risk).square().sum() if ratio is None else (stats.logp + 0.5 * stats.risk).sum()
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    with pytest.raises(RuntimeError, match="first derivatives only, .* leave out create_graph=True, or detach"):
+        torch.autograd.grad(gradients[0].sum(), leaves)
+
+
 def test_outputs_one_after_the_other():
     """Each output's own backward, while the graph is retained, gives parts that sum to the whole."""
     case = head(9, 65)
@@ -253,12 +301,36 @@ def test_a_broken_promise_is_named(strategy):
         torch.autograd.grad(broken, hidden)
 
 
+@pytest.mark.parametrize("strategy", [*LEARNED, "frozen"])
+def test_a_gradient_that_is_not_finite_breaks_no_promise(strategy):
+    """nan in one of the two gradients, as of a loss that overflowed, is nan in the result, and not lost."""
+    case = head(6, 9)
+    hidden = case["hidden"].requires_grad_()
+    states = (hidden, case["weight"], case["ref_hidden"], case["ref_weight"], case["labels"])
+    stats = linear_token_risk(*states, CVaR(0.5), strategy=strategy, risk_over_logp=0.5)
+    given = torch.ones(6), torch.full((6,), 0.5)
+    given[1][2], given[0][3] = torch.nan, torch.nan
+    given[0][4], given[1][4] = torch.inf, torch.inf
+    (gradient,) = torch.autograd.grad((stats.logp, stats.risk), hidden, given)
+    assert gradient[2:5].isnan().all()
+    assert gradient[[0, 1, 5]].isfinite().all()
+
+
+def test_a_ratio_is_fp32_whatever_the_default_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert ops._ratio(0.5, torch.tensor([1, 2]), KL()).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("ratio", "message"),
     [
         ("0.5", "risk_over_logp is a number, got '0.5'"),
-        (torch.ones(3), r"floats \[N\] = \[4\], got torch.float32 \[3\]"),
+        (torch.ones(3), r"floats \[N\] = \[4\] on cpu, got torch.float32 \[3\] on cpu"),
         (torch.ones(4, dtype=torch.int64), r"got torch.int64 \[4\]"),
+        (torch.ones(4, device="meta"), r"on cpu, got torch.float32 \[4\] on meta"),
     ],
     ids=str,
 )
@@ -309,6 +381,23 @@ def test_compiles_without_a_graph_break(impl, strategy):
     for _ in range(2):
         gradients = torch.autograd.grad(compiled(hidden, case["weight"]), leaves)
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("strategy", [*LEARNED, "frozen"])
+def test_compiled_code_makes_the_same_products(strategy, products, monkeypatch):
+    """In compiled code, too, a strategy uses what it kept."""
+    monkeypatch.setattr(linear, "_add_outer", lambda *a, **k: products.update(all=1))
+    case = head(9, 33)
+    hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_(strategy != "frozen")
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        stats = linear_token_risk(
+            hidden, weight, case["ref_hidden"], case["ref_weight"], case["labels"], CVaR(0.5), strategy=strategy
+        )
+        return (stats.logp - 0.5 * stats.risk).sum()
+
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight).backward()
+    assert products["all"] == {"cache": 4, "recompute": 6, "frozen": 4}[strategy]
 
 
 @pytest.mark.parametrize("strategy", [*LEARNED, "frozen"])

@@ -268,6 +268,8 @@ def test_risk_without_reference_is_refused():
     case = head(3, 5)
     with pytest.raises(ValueError, match=r"risk=KL\(\) compares with a reference"):
         linear_token_risk(case["hidden"], case["weight"], None, None, case["labels"], KL())
+    with pytest.raises(ValueError, match="ref_bias is part of a reference"):
+        linear_token_risk(case["hidden"], case["weight"], None, None, case["labels"], None, ref_bias=case["ref_bias"])
     with pytest.raises(ValueError, match="come together"):
         linear_token_risk(case["hidden"], case["weight"], case["ref_hidden"], None, case["labels"], None)
 
@@ -459,6 +461,30 @@ def test_compiles_without_a_graph_break():
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
+def test_second_derivatives_are_refused():
+    z, labels = torch.randn(4, 9, requires_grad=True), torch.randint(0, 9, (4,))
+    loss = token_risk(z, torch.randn(4, 9), labels, KL()).risk.square().sum()
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(loss, z, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match="first derivatives only, .* leave out create_graph=True"):
+        gradient.sum().backward()
+
+
+def test_forward_mode_is_refused():
+    """A custom operator drops tangents without a word: the derivative would be 0."""
+    z, r, labels = torch.randn(4, 9), torch.randn(4, 9), torch.randint(0, 9, (4,))
+
+    def logp(impl):
+        return torch.func.jvp(lambda z: token_risk(z, r, labels, None, impl=impl).logp, (z,), (z,))[1]
+
+    assert (logp("naive") != 0).all()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative .* use impl='naive'"):
+        logp("chunked")
+    hidden, weight = torch.randn(4, 3), torch.randn(9, 3)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda w: linear_token_risk(hidden, w, None, None, labels, None).logp, (weight,), (weight,))
+
+
 def test_compiles_again_for_other_numbers():
     """Dynamo makes a symbol of a number that changes between calls; the operators take constants."""
     z, r, labels = torch.randn(4, 9), torch.randn(4, 9), torch.randint(0, 9, (4,))
@@ -541,6 +567,18 @@ def test_environment_replaces_auto_only(monkeypatch):
         call()
 
 
+def test_environment_counts_in_compiled_code(monkeypatch):
+    z, r, labels = torch.randn(2, 5), torch.randn(2, 5), torch.tensor([0, 1])
+    graphs: list[str] = []
+    compiled = torch.compile(
+        lambda z: token_risk(z, r, labels, KL()).risk, backend=lambda graph, _: graphs.append(graph.code) or graph
+    )
+    for impl, operator in (("chunked", True), ("naive", False)):
+        monkeypatch.setenv("RSA_KERNELS_IMPL", impl)
+        compiled(z)
+        assert ("rsa_kernels" in graphs[-1]) is operator
+
+
 def test_auto_says_once_what_it_chose(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_logged", set())
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
@@ -617,8 +655,12 @@ def test_mixed_dtypes_are_refused():
 
 def test_workspace_must_be_positive():
     case = head(4, 6)
-    with pytest.raises(ValueError, match="workspace_bytes is a positive number of bytes, got 0"):
-        linear_token_risk(case["hidden"], case["weight"], None, None, case["labels"], None, workspace_bytes=0)
+    for given in (0, -1, 2.5, 1e9, True, "64"):
+        with pytest.raises(ValueError, match=f"workspace_bytes is a positive integer, .* got {given!r}; None"):
+            linear_token_risk(case["hidden"], case["weight"], None, None, case["labels"], None, workspace_bytes=given)
+    states = case["hidden"], case["weight"], None, None, case["labels"]
+    one, other = (linear_token_risk(*states, None, workspace_bytes=kind(500)) for kind in (int, np.int64))
+    assert torch.equal(one.logp, other.logp)
 
 
 def test_sharded_weight_is_refused(tmp_path):

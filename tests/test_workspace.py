@@ -25,7 +25,7 @@ INNER = {
 
 
 def sizes(tokens=N, vocabulary=V, dtype=torch.float32, risk=True, ratio=False, device=CPU) -> Sizes:
-    return Sizes(tokens, vocabulary, dtype, device, has_reference=True, has_risk=risk, knows_ratio=ratio)
+    return Sizes(tokens, vocabulary, dtype, dtype, device, has_risk=risk, knows_ratio=ratio)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_a_name_is_binding(strategy):
 def _rows(strategy: str) -> int:
     """A budget of one byte has room for one row; kept logits that exceed it leave a chunk the room of the default."""
     most = rows.BLOCK_BYTES["cpu"]
-    return (64 * MIB - most) // ROW // 64 * 64 if strategy == "cache" else 1
+    return (64 * MIB - most) // (2 * ROW) // 64 * 64 if strategy == "cache" else 1
 
 
 @pytest.mark.parametrize("count", [1, 10, 63])
@@ -89,6 +89,15 @@ def test_the_chunk_of_a_gpu_keeps_the_weight_gradient_cheap():
     what = sizes(8192, 128256, torch.bfloat16, device=torch.device("cuda"))
     assert plan("auto", what, None, triton, True, True) == Plan("recompute", 2048)
     assert plan("auto", what, 5 * 2**30, triton, True, True).strategy == "cache"
+
+
+def test_a_chunk_beside_kept_logits_stays_in_the_default():
+    """Logits that nearly fill the default leave the chunk what is left, and not another whole chunk."""
+    what = sizes(1024, 59000)
+    chosen = plan("auto", what, None, TORCH_ROWS, True, True)
+    row = 2 * 4 * padded(59000)
+    assert chosen.strategy == "cache"
+    assert chosen.rows * row + rows.BLOCK_BYTES["cpu"] <= 512 * MIB - 1024 * row < 64 * MIB
 
 
 # ---- tensors of N·V elements -----------------------------------------------------------------------------------------
@@ -219,6 +228,39 @@ def test_workspace_is_a_bound(risk, dtype, vocabulary, count, mib, strategy):
     with torch.no_grad():
         assert peak_bytes(forward) <= budget + per_token
     assert peak_bytes(lambda: torch.autograd.grad(loss, leaves)) <= budget + gradients + per_token
+
+
+@pytest.mark.parametrize("ref_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("budget", [40 * MIB, 60 * MIB])
+def test_workspace_is_a_bound_in_two_dtypes(ref_dtype, budget):
+    """Large chunks, whose gradients of logits are in bf16 and summed in fp32, beside a reference of its own dtype."""
+    count, vocabulary, width = 1024, 8000, 4
+    leaves = [torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in ((count, width), (vocabulary, width))]
+    reference = torch.randn(count, width, dtype=ref_dtype), torch.randn(vocabulary, width, dtype=ref_dtype)
+    labels = torch.randint(0, vocabulary, (count,))
+    gradients = sum(t.nbytes for t in leaves) + leaves[1].numel() * 4
+
+    def forward():
+        return linear_token_risk(*leaves, *reference, labels, KL(), workspace_bytes=budget)
+
+    risk = forward().risk.sum()
+    kept = 2 * count * padded(vocabulary) * (2 if ref_dtype == torch.bfloat16 else 3) if budget == 60 * MIB else 0
+    assert kept < peak_bytes(forward) <= budget + 256 * count
+    for again in (False, True):  # the second run makes again what the first has used up
+        run = peak_bytes(lambda: torch.autograd.grad(risk, leaves, retain_graph=True))
+        assert run <= budget - (kept if again else 0) + gradients + 256 * count
+
+
+def test_a_frozen_head_scales_what_it_keeps_in_parts():
+    """Beside the gradient there are no fp32 tensors of its shape."""
+    count, width = 8192, 256
+    hidden = torch.randn(count, width, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(50, width, dtype=torch.bfloat16)
+    states = hidden, weight, hidden.detach(), weight, torch.randint(0, 50, (count,))
+    stats = linear_token_risk(*states, CVaR(0.5), strategy="frozen")
+    loss = (stats.logp + stats.risk).sum()
+    part = linear.SCALED_ROWS * width * 4
+    assert peak_bytes(lambda: torch.autograd.grad(loss, hidden)) <= hidden.nbytes + 4 * part + 64 * count
 
 
 def test_kept_logits_are_the_only_tensors_of_that_size():

@@ -35,7 +35,7 @@ def resolve(impl: str, x: Tensor, risk: RiskMeasure | None) -> Literal["naive", 
         RuntimeError: it exists but cannot run here.
     """
     origin = "impl"
-    if impl == "auto" and not torch.compiler.is_compiling():
+    if impl == "auto":
         impl = os.environ.get("RSA_KERNELS_IMPL") or "auto"
         origin = "impl" if impl == "auto" else "RSA_KERNELS_IMPL"
     if impl not in get_args(Impl):

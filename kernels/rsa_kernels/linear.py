@@ -16,17 +16,22 @@ from rsa_kernels.loop import (
     Project,
     alive_only,
     backward_loop,
+    chunks,
     empty_outputs,
     forward_loop,
+    no_second_derivative,
+    no_tangents,
     row_pair,
     token_stats,
     upstream,
 )
 from rsa_kernels.naive import TokenStats
 from rsa_kernels.pairs import RowGradients, RowOptions, RowPair, accumulator
-from rsa_kernels.workspace import Sizes, Strategy, padded, plan
+from rsa_kernels.workspace import MIB, Sizes, Strategy, padded, plan
 
 Model = tuple[Maybe, Maybe, Maybe]  # hidden, weight, bias
+CAST_BYTES = 4 * MIB  # of a gradient of logits, on a CPU, at a time
+SCALED_ROWS = 2048  # of the gradient of hidden, in fp32, at a time
 
 
 def linear_token_risk(
@@ -42,12 +47,12 @@ def linear_token_risk(
     risk_over_logp: Tensor | None = None,
 ) -> TokenStats:
     """`naive.linear_token_risk`, chunk by chunk. `policy` and `reference` are hidden, weight and bias."""
+    no_tangents(*policy)
     hidden, weight, bias = policy
     learns = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in policy]
-    has_risk, knows_ratio = options.risk is not None, risk_over_logp is not None
-    sizes = Sizes(
-        labels.shape[0], vocabulary, hidden.dtype, hidden.device, reference[0] is not None, has_risk, knows_ratio
-    )
+    ref_dtype = None if reference[0] is None else reference[0].dtype
+    asked = options.risk is not None, risk_over_logp is not None
+    sizes = Sizes(labels.shape[0], vocabulary, hidden.dtype, ref_dtype, hidden.device, *asked)
     chosen = plan(strategy, sizes, workspace_bytes, row_pair(impl), any(learns[1:]), any(learns))
     frozen = [None if t is None else t.detach() for t in reference]
     constants = (options.encode(), impl, chosen.strategy, chosen.rows, vocabulary)
@@ -81,7 +86,7 @@ def _forward(
     project = _projections(*models, rows, vocabulary, (cache[0], cache[1]))
     after = None
     if strategy == "frozen":
-        after = _hidden_gradients(kept, weight[:vocabulary], labels, risk_over_logp, row_options, pair)
+        after = _hidden_gradients(kept, weight[:vocabulary], labels, risk_over_logp, row_options, pair, rows)
     forward_loop(project, outputs, labels, row_options, pair, rows, after)
     return *outputs, *kept
 
@@ -135,10 +140,17 @@ def _projection(model: Model, rows: int, vocabulary: int, kept: Maybe) -> Callab
 
 
 def _hidden_gradients(
-    kept: tuple[Tensor, Tensor], weight: Tensor, labels: Tensor, ratio: Maybe, options: RowOptions, pair: RowPair
+    kept: tuple[Tensor, Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    ratio: Maybe,
+    options: RowOptions,
+    pair: RowPair,
+    rows: int,
 ) -> Callable[[slice, Tensor, Maybe, Tensor], None]:
     """What a frozen head does after the rows of a chunk: ∂logp/∂hidden and ∂risk/∂hidden, or their sum in the ratio."""
-    scratch: list[Tensor] = []
+    # the logits of a chunk are still needed while the first of two gradients is made
+    scratch = weight.new_empty(min(rows, labels.shape[0]) if kept[1].shape[0] else 0, padded(weight.shape[0]))
 
     def after(chunk: slice, z: Tensor, r: Maybe, saved: Tensor) -> None:
         ones = (labels[chunk] != options.ignore_index).to(saved.dtype)
@@ -147,12 +159,8 @@ def _hidden_gradients(
             parts = [RowGradients(ones, ones * ratio[chunk], None)]
         elif options.risk is not None:
             parts.append(RowGradients(None, ones, None))
-            if not scratch:
-                scratch.append(
-                    torch.empty_strided((z.shape[0] + 1, z.shape[1]), z.stride(), dtype=z.dtype, device=z.device)
-                )
         for part, total in zip(parts, kept, strict=False):
-            out = z if part is parts[-1] else scratch[0][: z.shape[0]]
+            out = z if part is parts[-1] else scratch[: z.shape[0], : z.shape[1]]
             pair.backward(z, r if part.needs_reference else None, labels[chunk], part, saved, options, out)
             torch.mm(out, weight, out=total[chunk])
 
@@ -195,6 +203,9 @@ def _(grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe, hidden: Tensor, weight
     needs = args[-1]
     d_bias = weight.new_empty(weight.shape[0] if needs[2] else 0)
     return hidden.new_empty(hidden.shape if needs[0] else 0), weight.new_empty(weight.shape if needs[1] else 0), d_bias
+
+
+_backward.register_autograd(no_second_derivative)
 
 
 def _gradients(
@@ -269,12 +280,15 @@ class _Totals:
 
 def _add_outer(total: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:
     """total = or += dzᵀ hidden, summed in the dtype of `total`."""
-    if first and total.dtype == dz.dtype:
-        torch.mm(dz.t(), hidden, out=total)
-    elif dz.is_cuda and total.dtype != dz.dtype:
+    if total.dtype == dz.dtype:
+        torch.mm(dz.t(), hidden, out=total) if first else total.addmm_(dz.t(), hidden)
+    elif dz.is_cuda:
         torch.addmm(total, dz.t(), hidden, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     else:
-        total.addmm_(dz.t().to(total.dtype), hidden.to(total.dtype), beta=0 if first else 1)
+        hidden = hidden.to(total.dtype)
+        width = max(1, CAST_BYTES // (total.dtype.itemsize * max(1, dz.shape[0])))
+        for part, columns in zip(total.split(width), dz.split(width, dim=1), strict=True):
+            part.addmm_(columns.t().to(total.dtype), hidden, beta=0 if first else 1)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -297,14 +311,16 @@ def _vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: May
         checked = _keep_ratio(grads.logp, grads.risk, ratio, labels, row_options.ignore_index)
         grads = RowGradients(checked, grads.risk, grads.kl)
     if ctx.strategy == "frozen" and grads.kl is None:
-        return _scaled(grads, labels, row_options.ignore_index, (first, second)), *[None] * 12
-    if ctx.strategy == "cache" and not ctx.spent and type(first) is Tensor and not torch.compiler.is_compiling():
+        return _scaled(grads.logp, grads.risk, labels, row_options.ignore_index, first, second), *[None] * 12
+    spendable = type(first) is Tensor and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if ctx.strategy == "cache" and not ctx.spent and spendable:
         # The logits become their own gradient. Should backward run again, it makes them again: `spent` remembers.
-        # `.data`: the version counter would refuse to hand them out to a second run.
+        # `.data`: the version counter would refuse to hand them out to a second run. With create_graph=True autograd
+        # records what happens here, which only an operator survives.
         ctx.spent = True
         models = (hidden, weight, bias), tuple(reference)
-        spendable = first.data, second
-        found = _gradients(grads, models, labels, saved, spendable, options, impl, rows, vocabulary, needs, spend=True)
+        logits = first.data, second
+        found = _gradients(grads, models, labels, saved, logits, options, impl, rows, vocabulary, needs, spend=True)
     else:
         kept = (first, second) if ctx.strategy == "cache" and not ctx.spent else (None, None)
         states = (hidden, weight, bias, *reference, labels, saved, *kept)
@@ -312,33 +328,55 @@ def _vjp(ctx: Any, grad_logp: Maybe, _ref: Maybe, grad_risk: Maybe, grad_kl: May
     return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 10
 
 
-def _scaled(grads: RowGradients, labels: Tensor, ignore_index: int, parts: tuple[Tensor, ...]) -> Tensor:
+@torch.library.custom_op("rsa_kernels::linear_token_risk_scaled", mutates_args=())
+def _scaled(
+    grad_logp: Tensor | None,
+    grad_risk: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    by_logp: Tensor,
+    by_risk: Tensor,
+) -> Tensor:
     """The gradient of hidden from those of the outputs: Σ upstream · part, exactly 0 where the upstream is."""
-    total = torch.zeros_like(parts[0])
-    for grad, part in zip(grads[:2], parts, strict=False):
-        if grad is not None and part.shape[0]:
-            factor = grad.masked_fill(labels == ignore_index, 0.0)[:, None]
-            total += torch.where(factor == 0, 0.0, factor * part)
+    total, ignored = torch.empty_like(by_logp), labels == ignore_index
+    given = [(g, part) for g, part in ((grad_logp, by_logp), (grad_risk, by_risk)) if g is not None and part.shape[0]]
+    terms = [(grad.masked_fill(ignored, 0.0)[:, None], part) for grad, part in given]
+    for chunk in chunks(labels, SCALED_ROWS):
+        total[chunk] = sum(torch.where(g[chunk] == 0, 0.0, g[chunk] * part[chunk]) for g, part in terms)
     return total
+
+
+@_scaled.register_fake
+def _(
+    grad_logp: Maybe, grad_risk: Maybe, labels: Tensor, ignore_index: int, by_logp: Tensor, by_risk: Tensor
+) -> Tensor:
+    return torch.empty_like(by_logp)
+
+
+_scaled.register_autograd(no_second_derivative)
 
 
 @torch.library.custom_op("rsa_kernels::keep_ratio", mutates_args=())
 def _keep_ratio(
     grad_logp: Tensor | None, grad_risk: Tensor | None, ratio: Tensor, labels: Tensor, ignore_index: int
 ) -> Tensor:
-    """The gradient of logp, nan (on a CPU an error) where that of the risk is not `ratio` times it."""
+    """The gradient of logp, nan (on a CPU an error) where that of the risk is not `ratio` times it.
+
+    A gradient that is not finite breaks no promise, and gives nan.
+    """
     logp, risk = (torch.zeros_like(ratio) if g is None else g for g in (grad_logp, grad_risk))
     expected = ratio * logp
     # 1e-3: both come through a loss and a scan in fp32, and the promise is about a formula. Subnormals have no digits.
     allowed = 1e-3 * torch.maximum(risk.abs(), expected.abs()) + 1e-30
-    broken = ((risk - expected).abs() > allowed) & (labels != ignore_index)
+    other = ~((risk - expected).abs() <= allowed) & (labels != ignore_index)  # nan is another
+    broken = other & risk.isfinite() & logp.isfinite()
     if broken.device.type == "cpu" and broken.any():
         row = int(broken.nonzero()[0])
         raise ValueError(
             f"risk_over_logp is {ratio[row].item():g} at position {row}, but the gradients of risk and logp there are "
             f"{risk[row].item():g} and {logp[row].item():g}: pass the ratio that the loss has, or leave it out"
         )
-    return torch.where(broken, torch.nan, logp)
+    return torch.where(other, torch.nan, logp)
 
 
 @_keep_ratio.register_fake
@@ -346,4 +384,5 @@ def _(grad_logp: Maybe, grad_risk: Maybe, ratio: Tensor, labels: Tensor, ignore_
     return torch.empty_like(ratio)
 
 
+_keep_ratio.register_autograd(no_second_derivative)
 _forward.register_autograd(_vjp, setup_context=_setup)

@@ -15,6 +15,8 @@ from rsa_kernels.loop import (
     backward_loop,
     empty_outputs,
     forward_loop,
+    no_second_derivative,
+    no_tangents,
     row_pair,
     token_stats,
     upstream,
@@ -27,6 +29,7 @@ def token_risk(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, vocabulary: int, options: RowOptions, impl: str
 ) -> TokenStats:
     """`naive.token_risk` of the first `vocabulary` columns of logits [N, V] and [N, V']."""
+    no_tangents(policy_logits)
     outputs = _forward(_rows(policy_logits), _rows(ref_logits.detach()), labels, vocabulary, options.encode(), impl)
     return token_stats(outputs, options)
 
@@ -88,6 +91,9 @@ def _backward(
 @_backward.register_fake
 def _(grad_logp: Maybe, grad_risk: Maybe, grad_kl: Maybe, policy_logits: Tensor, *_: Any) -> Tensor:
     return policy_logits.new_empty(policy_logits.shape)
+
+
+_backward.register_autograd(no_second_derivative)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Outputs) -> None:

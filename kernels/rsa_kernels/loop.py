@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rsa_kernels.naive import TokenStats
 from rsa_kernels.pairs import RowGradients, RowOptions, RowPair
@@ -110,6 +111,25 @@ def upstream(options: RowOptions, grad_logp: Maybe, grad_risk: Maybe, grad_kl: M
     risk = options.risk
     return RowGradients(
         grad_logp, None if risk is None else grad_risk, None if isinstance(risk, KL | None) else grad_kl
+    )
+
+
+def no_tangents(*tensors: Tensor | None) -> None:
+    """Custom operators drop the tangents of forward-mode differentiation without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "the operators have no forward-mode derivative (jvp, forward_ad): differentiate backward, or use "
+            "impl='naive', where risk=None has one"
+        )
+
+
+def no_second_derivative(ctx: Any, *_: Maybe) -> None:
+    """The autograd formula of operators that are gradients themselves: there is none, and zeros would be wrong."""
+    raise RuntimeError(
+        "the operators of rsa_kernels have first derivatives only, and a gradient of their gradient was asked for: "
+        "leave out create_graph=True, or detach the gradient"
     )
 
 

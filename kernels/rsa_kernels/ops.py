@@ -53,8 +53,9 @@ def token_risk(
             other name is binding.
 
     Returns:
-        fp32 (fp64 for fp64 logits), nats. All but `ref_logp` and `entropy` carry gradients, to `policy_logits` only:
-        ∂risk/∂policy_logits = q − w with w = risk.weights(x, log p). `risk` and `kl` are inf where q_v = 0 < p_v.
+        fp32 (fp64 for fp64 logits), nats. All but `ref_logp` and `entropy` carry gradients, to `policy_logits` only,
+        and not twice: ∂risk/∂policy_logits = q − w with w = risk.weights(x, log p). `risk` and `kl` are inf where
+        q_v = 0 < p_v.
 
     Raises:
         ValueError: shapes differ, or (CPU only) a label is outside [0, V); on a GPU such a position becomes nan.
@@ -110,15 +111,16 @@ def linear_token_risk(
     Args:
         ref_hidden, ref_weight: of the frozen reference; another hidden size is fine. Both None, with risk=None, scores
             the policy alone: `ref_logp` is then exactly 0.
-        strategy: what is kept for backward. "cache": the logits of both models, in the dtype of `hidden`; "recompute":
-            nothing, backward makes the logits again; "frozen", where neither weight nor bias wants a gradient: the
-            gradient of `hidden`, made in forward, one tensor [N, H] for each of logp and risk. "auto" takes what costs
-            the fewest matrix products within `workspace_bytes`. The definition (`impl="naive"`) has no strategies.
+        strategy: what is kept for backward. "cache": the logits of both models, in their dtypes; "recompute": nothing,
+            backward makes the logits again; "frozen", where neither weight nor bias wants a gradient: the gradient of
+            `hidden`, made in forward, one tensor [N, H] for each of logp and risk. "auto" takes what costs the fewest
+            matrix products within `workspace_bytes`. The definition (`impl="naive"`) has no strategies.
         workspace_bytes: bound on what a call holds beside inputs, outputs and gradients: logits, kept or of one chunk
-            of rows, and temporaries; by default 512 MiB on a CPU, of which a chunk takes 64 MiB, and 1 GiB on a GPU. A
-            strategy that is named may exceed it, and a chunk has at least one row, which takes 56 bytes per vocabulary
-            entry in fp32 torch. It holds on a CPU for the measures of this package; the sort of `CVaR` in torch on a
-            GPU, and a measure of your own, may take more. The gradients of bf16 weights are summed in fp32.
+            of rows, and their temporaries; by default 512 MiB on a CPU, of which a chunk takes 64 MiB, and 1 GiB on a
+            GPU. A strategy that is named may exceed it, and a chunk has at least one row, which takes 56 bytes per
+            vocabulary entry in fp32 torch. It holds on a CPU for the measures of this package; the sort of `CVaR` in
+            torch on a GPU, and a measure of your own, may take more. Not counted: what "frozen" keeps, copies of the
+            rows of `hidden` in a chunk, and the fp32 sum of the gradient of bf16 weights.
         risk_over_logp: a promise that the loss's gradients have this ratio, ∂loss/∂risk = risk_over_logp · ∂loss/∂logp,
             at every position, and none by kl unless that is the risk. It saves "frozen" one matrix product and one
             tensor [N, H]. A broken promise is an error in backward on a CPU, and nan at its positions on a GPU.
@@ -133,6 +135,8 @@ def linear_token_risk(
     _check_linear(hidden, weight, bias, labels, "")
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden and ref_weight come together: pass both, or neither to score the policy alone")
+    if ref_hidden is None and ref_bias is not None:
+        raise ValueError("ref_bias is part of a reference: pass ref_hidden and ref_weight too, or leave it out")
     if ref_hidden is None and risk is not None:
         raise ValueError(f"risk={risk} compares with a reference: pass ref_hidden and ref_weight, or risk=None")
     if ref_hidden is not None and ref_weight is not None:
@@ -141,20 +145,17 @@ def linear_token_risk(
     vocabulary = _vocabulary(valid_vocab, widths, f"weight has {widths[0]} rows and ref_weight {widths[-1]}")
     _check(vocabulary, labels, options)
     ratio = _ratio(risk_over_logp, labels, risk)
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes is a positive number of bytes, got {workspace_bytes}")
+    budget = _budget(workspace_bytes)
     implementation = resolve(impl, hidden, risk)
     policy, reference = _autocast(hidden, weight, bias), _autocast(ref_hidden, ref_weight, ref_bias)
     _check_dtypes(policy, "")
     _check_dtypes(reference, "ref_")
     with torch.autocast(hidden.device.type, enabled=False):
         if implementation != "naive":
-            kept: dict[str, Any] = {"strategy": strategy, "workspace_bytes": workspace_bytes, "risk_over_logp": ratio}
+            kept: dict[str, Any] = {"strategy": strategy, "workspace_bytes": budget, "risk_over_logp": ratio}
             return linear.linear_token_risk(policy, reference, labels, vocabulary, options, implementation, **kept)
-        (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = (
-            _columns(policy, vocabulary),
-            _columns(reference, vocabulary),
-        )
+        hidden, weight, bias = _columns(policy, vocabulary)
+        ref_hidden, ref_weight, ref_bias = _columns(reference, vocabulary)
         others: dict[str, Any] = {"bias": bias, "ref_bias": ref_bias, **options._asdict()}
         return naive.linear_token_risk(hidden, weight, ref_hidden, ref_weight, labels, **others)
 
@@ -261,7 +262,7 @@ def _options(
         None if softcap is None else _positive("softcap", softcap),
         None if ref_softcap is None else _positive("ref_softcap", ref_softcap),
     )
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+    if not _is_integer(ignore_index):
         raise ValueError(f"ignore_index is an integer, got {ignore_index!r}")
     return RowOptions(risk, *scales, *caps, int(ignore_index), bool(entropy))
 
@@ -275,11 +276,7 @@ def _vocabulary(valid_vocab: Any, widths: tuple[int, ...], sizes: str) -> int:
                 "size of the vocabulary as valid_vocab"
             )
         return widths[0]
-    if (
-        isinstance(valid_vocab, bool)
-        or not isinstance(valid_vocab, Integral)
-        or not 0 < int(valid_vocab) <= min(widths)
-    ):
+    if not _is_integer(valid_vocab) or not 0 < int(valid_vocab) <= min(widths):
         raise ValueError(
             f"valid_vocab is an integer from 1 to {min(widths)}, the columns there are, got {valid_vocab!r}"
         )
@@ -299,12 +296,29 @@ def _ratio(ratio: Any, labels: Tensor, risk: RiskMeasure | None) -> Tensor | Non
     if risk is None:
         raise ValueError("risk_over_logp is about the risk, but risk=None: leave it out")
     if not isinstance(ratio, Tensor):
-        return torch.full(labels.shape, number("risk_over_logp", ratio), device=labels.device)
-    if ratio.shape != labels.shape or not ratio.is_floating_point():
+        value = number("risk_over_logp", ratio)
+        return torch.full(labels.shape, value, dtype=torch.float32, device=labels.device)
+    if ratio.shape != labels.shape or not ratio.is_floating_point() or ratio.device != labels.device:
         raise ValueError(
-            f"risk_over_logp is a number or floats [N] = {_shape(labels)}, got {ratio.dtype} {_shape(ratio)}"
+            f"risk_over_logp is a number or floats [N] = {_shape(labels)} on {labels.device}, got {ratio.dtype} "
+            f"{_shape(ratio)} on {ratio.device}"
         )
     return ratio.detach().float()
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _budget(workspace_bytes: Any) -> int | None:
+    if workspace_bytes is None:
+        return None
+    if not _is_integer(workspace_bytes) or workspace_bytes <= 0:
+        raise ValueError(
+            f"workspace_bytes is a positive integer, a number of bytes, got {workspace_bytes!r}; None is the default "
+            "of the device"
+        )
+    return int(workspace_bytes)
 
 
 def _positive(name: str, value: object) -> float:

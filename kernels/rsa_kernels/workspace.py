@@ -30,8 +30,8 @@ class Sizes(NamedTuple):
     tokens: int
     vocabulary: int
     dtype: torch.dtype
+    ref_dtype: torch.dtype | None  # None without a reference
     device: torch.device
-    has_reference: bool
     has_risk: bool
     knows_ratio: bool
 
@@ -87,24 +87,31 @@ def _fitting(
 def _rows(strategy: str, sizes: Sizes, budget: int | None, pair: RowPair) -> int:
     """Rows per chunk: as many as the budget has room for, at least one, a multiple of 64 where there are that many."""
     left = _default(WORKSPACE_BYTES, sizes, budget) - (_kept(sizes) if strategy == "cache" else 0)
-    if budget is None or left <= 0:
-        left = CHUNK_BYTES.get(sizes.device.type, CHUNK_BYTES["cuda"])
-    buffers = 1 if strategy == "cache" else 1 + sizes.has_reference
+    chunk = _default(CHUNK_BYTES, sizes, None)
+    if left <= 0:
+        left = chunk  # the strategy was named, and exceeds the budget
+    elif budget is None:
+        left = min(left, chunk)
+    row = max(1, _row(sizes))
     if strategy == "frozen" and sizes.has_risk and not sizes.knows_ratio:
-        buffers += 1  # the gradients of two outputs, one after the other, from logits that the first must not overwrite
-    row = max(1, buffers * _row(sizes))
+        row += _logits(sizes.dtype, sizes)  # gradients of two outputs, the first of which must not overwrite the logits
     per_row, most = pair.price(sizes.vocabulary, sizes.dtype, sizes.device)
     rows = max(1, left // (row + per_row), (left - most) // row)
     return rows if rows < 64 else rows // 64 * 64
 
 
+def _logits(dtype: torch.dtype | None, sizes: Sizes) -> int:
+    return 0 if dtype is None else padded(sizes.vocabulary) * dtype.itemsize
+
+
 def _row(sizes: Sizes) -> int:
-    return padded(sizes.vocabulary) * sizes.dtype.itemsize
+    """Bytes of a row of both models. A cache that is spent takes them too, when backward runs again."""
+    return _logits(sizes.dtype, sizes) + _logits(sizes.ref_dtype, sizes)
 
 
 def _kept(sizes: Sizes) -> int:
     """Bytes of the logits that backward reads: without a risk, those of the policy."""
-    return sizes.tokens * _row(sizes) * (2 if sizes.has_risk else 1)
+    return sizes.tokens * (_row(sizes) if sizes.has_risk else _logits(sizes.dtype, sizes))
 
 
 def _default(table: dict[str, int], sizes: Sizes, budget: int | None) -> int:
