@@ -354,41 +354,37 @@ LOGITS = st.sampled_from([-INF, -3.0, -0.25, -0.0, 0.0, 0.25, 1.0, 1e4])
 UNIT_ROWS = st.lists(st.tuples(st.booleans(), LOGITS), min_size=1, max_size=40)
 
 
+def row_of(logits: list[float]) -> Tensor:
+    """One width for all examples, so that a GPU compiles few kernels; what is added has no mass."""
+    return torch.tensor([logits + [-INF] * (64 - len(logits))])
+
+
 @settings(max_examples=50)
-@given(UNIT_ROWS, st.integers(1, 63), st.sampled_from([4, 8]), st.sampled_from([4, 16, 64]))
-@example([(True, 0.25)], 1, 8, 4)
+@given(UNIT_ROWS, st.sampled_from([1, 5, 16, 32, 37, 63]), st.sampled_from([4, 8]), st.sampled_from([16, 64]))
+@example([(True, 0.25)], 1, 8, 16)
 def test_with_masses_of_one_threshold_and_fraction_are_exact(row, sixty_fourths, k, block):
     """Against rational arithmetic, ties and outcomes of x = ∞ included."""
     x = sorted((-z for has_mass, z in row if has_mass), reverse=True)
     assume(x)
-    z = torch.tensor([[z for _, z in row]])
-    r = torch.tensor([[0.0 if has_mass else -INF for has_mass, _ in row]])
-    tail = Fraction(sixty_fourths, 64)
-    wanted = tail * len(x)
+    wanted = Fraction(sixty_fourths, 64) * len(x)
     threshold = x[-(-wanted // 1) - 1]
-    above = sum(value > threshold for value in x)
-    fraction = (wanted - above) / x.count(threshold)
-    found = tails(z, r, float(tail), k=k, block=block)
+    fraction = (wanted - sum(value > threshold for value in x)) / x.count(threshold)
+    z, r = row_of([z for _, z in row]), row_of([0.0 if has_mass else -INF for has_mass, _ in row])
+    found = tails(z, r, sixty_fourths / 64, k=k, block=block)
     assert found.threshold.item() == threshold
     assert found.fraction.item() == torch.tensor(float(fraction)).item()
     if x[0] < INF:
         excess = sum(Fraction(value) - Fraction(threshold) for value in x if value > threshold)
-        m_z = max(z for _, z in row)
-        value = float(Fraction(threshold) + excess / wanted + Fraction(m_z))
+        value = float(Fraction(threshold) + excess / wanted + Fraction(z.max().item()))
         assert found.value.item() == pytest.approx(value, rel=3e-7, abs=1e-6)
 
 
 @settings(max_examples=50)
-@given(
-    st.lists(st.tuples(st.integers(-40, 0), st.integers(-3, 3)), min_size=1, max_size=60),
-    st.floats(0.01, 0.99),
-    st.sampled_from([4, 8]),
-)
-def test_with_any_masses_the_tail_holds_its_mass(row, tail, k):
+@given(st.lists(st.tuples(st.integers(-40, 0), st.integers(-3, 3)), min_size=1, max_size=60), st.sampled_from(TAILS))
+def test_with_any_masses_the_tail_holds_its_mass(row, tail):
     """Discrete rows, so that most outcomes tie."""
-    r = torch.tensor([[level / 4 for level, _ in row]])
-    z = r - torch.tensor([[float(value) for _, value in row]])
-    assert_holds_the_tail(z, r, tail, tails(z, r, tail, k=k, block=16))
+    z, r = row_of([level / 4 - x for level, x in row]), row_of([level / 4 for level, _ in row])
+    assert_holds_the_tail(z, r, tail, tails(z, r, tail, block=16))
 
 
 @pytest.mark.parametrize("tail", TAILS)
