@@ -27,7 +27,8 @@ ROOMS = {
     "kernels.nested": ("kernels.naive kernels.fused.nested", "torch"),
     "kernels.dispatch": ("kernels.risk", "torch"),
     "kernels.ops": (
-        "kernels.dispatch kernels.linear kernels.logits kernels.naive kernels.nested kernels.pairs kernels.risk kernels.workspace",
+        "kernels.dispatch kernels.linear kernels.logits kernels.naive kernels.nested kernels.pairs kernels.risk kernels.tree "
+        "kernels.workspace",
         "torch jaxtyping",
     ),
     "kernels.fused": ("", ""),
@@ -38,7 +39,7 @@ ROOMS = {
     "kernels.fused.launch": ("kernels.pairs kernels.risk", "torch"),
     "kernels.fused.rows": (
         "kernels.pairs kernels.risk kernels.fused.launch kernels.fused.statistics kernels.fused.gradient",
-        "torch triton",
+        "torch jaxtyping",
     ),
     "kernels.fused.nested": ("", "torch triton"),
     "kernels.tree": ("kernels.risk", "torch jaxtyping"),
