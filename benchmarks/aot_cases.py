@@ -71,7 +71,7 @@ MEASURES: tuple[tuple[RiskMeasure | None, str], ...] = (
     (CVaR(1.0), "KL"),
 )
 MAIN = (None, KL(), ERM(5.0), ERM(0.05), CVaR(0.97))  # with every option
-EVERY_CHOICE = (None, KL(), ERM(5.0), CVaR(0.97))  # of upstream gradients; others differ from these in numbers only
+EVERY_CHOICE = (KL(), ERM(5.0), CVaR(0.97))  # of upstream gradients; others differ from these in numbers only
 MOST_USED = ("logp", "risk")
 TRANSFORMS: dict[str, tuple[float, float | None]] = {"": (1.0, None), ", scale and softcap": (0.5, 30.0)}
 UPSTREAMS = [
@@ -105,6 +105,7 @@ DTYPES = {
 }
 VOCABULARIES = (128256, 32000, 151936, 50257)  # rows of the last are not aligned
 LARGE = Shape(128256, "bf16", 8400)  # over 2 GiB, where AMD kernels address memory in another way; it is never touched
+ODD = Shape(50257, "bf16")
 PADDED = Shape(50257, "bf16", padded=True)
 SHAPES = (*starmap(Shape, product(VOCABULARIES, ("bf16", "fp32"))), Shape(128256, "fp32 and bf16"), LARGE, PADDED)
 MAIN_SHAPES = tuple(
@@ -130,27 +131,28 @@ class Variant(NamedTuple):
     options: RowOptions
     reference: bool
     upstream: tuple[str, ...]  # of a gradient, nothing for statistics
-    main: bool  # is compiled for all of MAIN_SHAPES, others for one of SHAPES
+    main: bool  # compiled for all of MAIN_SHAPES, see `cases`
 
 
 def cases(quick: bool) -> list[Case]:
-    """Every variant of every kernel: the main ones at MAIN_SHAPES, the others at one shape each, in turn.
-
-    Quick is the first case of each budget at the first shape.
+    """Every variant of every kernel: the main ones at MAIN_SHAPES, the others at one shape each, in turn; statistics, which
+    are short of registers, also where rows are odd. Quick: the first case of each budget.
     """
     missing = set(FUSED) - {type(risk) for risk, _ in MEASURES}
     assert not missing, f"no case in benchmarks/aot_cases.py is about {missing}, which dispatch.FUSED names"
     if not quick:
-        return [*_row_cases(lambda i, main: MAIN_SHAPES if main else [SHAPES[i % len(SHAPES)]]), *_nested_cases()]
+        return [row_case(v, shape) for i, v in enumerate(variants()) for shape in _shapes(v, i)] + nested_cases()
     first: dict[str, Case] = {}
-    for case in (*_row_cases(lambda i, main: SHAPES[:1]), *_nested_cases()):
+    for case in [row_case(variant, SHAPES[0]) for variant in variants()] + nested_cases():
         first.setdefault(case.budget, case)
     return list(first.values())
 
 
-def _row_cases(shapes: Callable[[int, bool], Sequence[Shape]]) -> Iterator[Case]:
-    for i, variant in enumerate(variants()):
-        yield from (row_case(variant, shape) for shape in shapes(i, variant.main))
+def _shapes(variant: Variant, i: int) -> Sequence[Shape]:
+    if variant.main:
+        return MAIN_SHAPES
+    turn = SHAPES[i % len(SHAPES)]
+    return [turn] if variant.upstream or turn == ODD else [turn, ODD]
 
 
 def variants() -> Iterator[Variant]:
@@ -176,7 +178,8 @@ def _gradients(options: RowOptions, kind: str, suffix: str, main: bool) -> Itera
     for wanted in UPSTREAMS:
         given = upstream(options, *(torch.zeros(1) if name in wanted else None for name in RowGradients._fields))
         names = tuple(name for name, grad in zip(RowGradients._fields, given, strict=True) if grad is not None)
-        if not names or names in seen or (names != MOST_USED and options.risk not in EVERY_CHOICE):
+        every = options.risk is None or (options.risk in EVERY_CHOICE and not suffix)
+        if not names or names in seen or not (every or names in (MOST_USED, RowGradients._fields)):
             continue
         seen.add(names)
         name = f"gradient {options.risk or ''} of {' and '.join(names)}{suffix}".replace("  ", " ")
@@ -213,16 +216,11 @@ def _launch_rows(variant: Variant, shape: Shape) -> None:
     TRITON_ROWS.backward(z, r, labels, grads, saved, options, out)
 
 
-def _nested_cases() -> Iterator[Case]:
-    values, bounds = torch.zeros(4096), torch.tensor([0, 1024, 4096])
-
-    def case(name: str, budget: str, launch: Callable[[], object]) -> Case:
-        return Case(name, budget, "fp32", 0, (4, 4), False, launch)
-
-    yield case("nested forward", "nested forward", lambda: scan_forward(values, bounds, 0.9))
-    yield case(
-        "nested backward", "nested backward", lambda: scan_backward(values, torch.zeros(2), bounds, len(values), 0.9)
-    )
-    for to_go, total in ((values, None), (None, torch.zeros(2))):
-        name = f"nested backward of {'total' if to_go is None else 'to_go'}"
-        yield case(name, "nested backward", partial(scan_backward, to_go, total, bounds, len(values), 0.9))
+def nested_cases() -> list[Case]:
+    values, totals, bounds = torch.zeros(4096), torch.zeros(2), torch.tensor([0, 1024, 4096])
+    forward = partial(scan_forward, values, bounds, 0.9)
+    cases = [Case("nested forward", "nested forward", "fp32", 0, (4, 4), False, forward)]
+    for ending, to_go, total in (("", values, totals), (" of to_go", values, None), (" of total", None, totals)):
+        backward = partial(scan_backward, to_go, total, bounds, len(values), 0.9)
+        cases.append(Case(f"nested backward{ending}", "nested backward", "fp32", 0, (4, 4), False, backward))
+    return cases

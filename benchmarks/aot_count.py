@@ -15,7 +15,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
@@ -107,6 +107,7 @@ class Tree(NamedTuple):
         return match[1] if match else ""
 
 
+@lru_cache(maxsize=16)  # targets share the first representation
 def count(ir: str, entries: int, threads: int = 1, held_once: bool = True) -> Count:
     """Work of one program per entry of its row.
 
