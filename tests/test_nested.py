@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from rsa_kernels import ERM, CVaR, RiskMeasure, nested, nested_risk
+from torch.autograd import forward_ad
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -211,13 +212,37 @@ def test_gradients_are_finite_differences():
     x, cu_seqlens = packed([3, 0, 4])
     call = lambda t: tuple(nested_risk(t, cu_seqlens, discount=0.7, impl="chunked"))
     assert torch.autograd.gradcheck(call, x.requires_grad_())
+    assert torch.autograd.gradgradcheck(call, x)
+
+
+@every_impl
+@pytest.mark.parametrize("output", ["to_go", "total"])
+def test_second_derivatives_are_those_of_the_recursion(impl, output):
+    """Of a loss that is not linear: the Hessian of Σ exp(output)."""
+    x, cu_seqlens = packed([3, 0, 4], torch.float32)
+
+    def hessian(name):
+        loss = lambda t: getattr(nested_risk(t, cu_seqlens, discount=0.7, impl=name), output).exp().sum()
+        return torch.autograd.functional.hessian(loss, x)
+
+    torch.testing.assert_close(hessian(impl), hessian("naive"), rtol=1e-6, atol=1e-6)
+
+
+@every_impl
+def test_forward_mode_is_refused(impl):
+    x, cu_seqlens = packed([3], torch.float32)
+    with (
+        pytest.raises(RuntimeError, match=r"forward-mode derivative .* with impl='naive' only"),
+        forward_ad.dual_level(),
+    ):
+        nested_risk(forward_ad.make_dual(x, torch.ones_like(x)), cu_seqlens, impl=impl)
 
 
 @every_impl
 def test_operator_keeps_its_contract(impl):
     x, cu_seqlens = packed([3, 0, 4], torch.float32)
     torch.library.opcheck(nested._nested_forward, (x.requires_grad_(), cu_seqlens, 0.7, impl))
-    grads = torch.randn(7, device=DEVICE), torch.randn(3, device=DEVICE)
+    grads = torch.randn(7, device=DEVICE, requires_grad=True), torch.randn(3, device=DEVICE, requires_grad=True)
     for pair in (grads, (None, grads[1]), (grads[0], None)):
         torch.library.opcheck(nested._nested_backward, (*pair, cu_seqlens, 7, 0.7, impl))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rsa_kernels.naive import NestedRisk
 
@@ -16,6 +17,9 @@ Maybe = Tensor | None
 
 def nested_risk(step_risk: Tensor, cu_seqlens: Tensor, *, discount: float = 1.0, impl: str = "chunked") -> NestedRisk:
     """`naive.nested_risk` without a loop over tokens."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(step_risk).tangent is not None:
+        # a custom operator would drop the tangent without a word
+        raise RuntimeError("nested_risk has a forward-mode derivative (jvp, forward_ad) with impl='naive' only")
     return NestedRisk(*_nested_forward(step_risk, cu_seqlens.to(torch.int64), float(discount), impl))
 
 
@@ -55,7 +59,20 @@ def _nested_vjp(ctx: Any, grad_to_go: Maybe, grad_total: Maybe) -> tuple[Maybe, 
     return _nested_backward(grad_to_go, grad_total, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
+def _second_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, _, cu_seqlens, _, *ctx.constants = inputs
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _second_vjp(ctx: Any, grad: Tensor) -> tuple[Maybe, Maybe, None, None, None, None]:
+    """Backward is linear, and forward its transpose."""
+    to_go, total = _nested_forward(grad, *ctx.saved_tensors, *ctx.constants)
+    wanted = ctx.needs_input_grad
+    return to_go if wanted[0] else None, total if wanted[1] else None, None, None, None, None
+
+
 _nested_forward.register_autograd(_nested_vjp, setup_context=_nested_setup)
+_nested_backward.register_autograd(_second_vjp, setup_context=_second_setup)
 
 
 def _scans(impl: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
