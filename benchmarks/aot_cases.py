@@ -135,8 +135,9 @@ class Variant(NamedTuple):
 
 
 def cases(quick: bool) -> list[Case]:
-    """Every variant of every kernel: the main ones at MAIN_SHAPES, the others at one shape each, in turn; statistics, which
-    are short of registers, also where rows are odd. Quick: the first case of each budget.
+    """Every variant of every kernel: the main ones at MAIN_SHAPES, the others at one shape each, in turn.
+
+    Statistics are short of registers: they are compiled where rows are odd, too. Quick is the first case of each budget.
     """
     missing = set(FUSED) - {type(risk) for risk, _ in MEASURES}
     assert not missing, f"no case in benchmarks/aot_cases.py is about {missing}, which dispatch.FUSED names"

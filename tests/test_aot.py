@@ -300,6 +300,8 @@ def test_loads_of_single_elements_do_not_hide_those_of_tiles():
     assert scalar_loads(ir) == [8, 4, 4, 4, 4, 4]
     assert load_bytes(machine) == 4
     assert load_bytes(machine, scalar_loads(ir)) == 16
+    loop = "$L__BB0_3:   // =>This Inner Loop Header: Depth=1\n ld.global.v2.b32 x\n$L__BB0_4:\n"
+    assert load_bytes(loop + machine) == 8  # in a loop, though others bring more bytes
 
 
 @pytest.mark.parametrize(
