@@ -137,7 +137,7 @@ class Variant(NamedTuple):
 def cases(quick: bool) -> list[Case]:
     """Every variant of every kernel: the main ones at MAIN_SHAPES, the others at one shape each, in turn.
 
-    Statistics are short of registers: they are compiled where rows are odd, too. Quick is the first case of each budget.
+    Statistics are short of registers: they are compiled where rows are odd, too. Quick is the first of each budget.
     """
     missing = set(FUSED) - {type(risk) for risk, _ in MEASURES}
     assert not missing, f"no case in benchmarks/aot_cases.py is about {missing}, which dispatch.FUSED names"

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure, quantile, token_risk
-from rsa_kernels.risk import Outcomes, decode, encode
 from rsa_kernels.quantile import tail_threshold
+from rsa_kernels.risk import Outcomes, decode, encode
 
 
 @dataclass(frozen=True)

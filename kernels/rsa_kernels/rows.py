@@ -32,8 +32,8 @@ def rows_forward(
     parts = [_block_forward(z[block], None if r is None else r[block], labels[block], options) for block in _blocks(z)]
     if len(parts) == 1:
         return parts[0]
-    columns = ([part[i] for part in parts] for i in range(len(RowStats._fields)))
-    return RowStats._make(None if column[0] is None else torch.cat(column) for column in columns)
+    columns = ([column for column in columns if column is not None] for columns in zip(*parts, strict=True))
+    return RowStats._make(torch.cat(column) if column else None for column in columns)
 
 
 def rows_backward(
