@@ -10,7 +10,7 @@ With π = softmax z, p = softmax r and q the weights of the risk,
 import triton
 import triton.language as tl
 
-from rsa_kernels.fused.tiles import exp, load_logits, tilted, unpack_rests
+from rsa_kernels.fused.tiles import exp_of_difference, load_logits, tilted, unpack_rests
 
 
 @triton.jit
@@ -33,29 +33,29 @@ def gradient_kernel(
         rest_z, rest_r = unpack_rests(tl.load(saved_row + 1), norm_z, norm_r)
         z = load_logits(z_ptr + row * z_stride, offs, mask, SCALE, SOFTCAP)
         z_c = z - norm_z
-        policy = exp(z_c - rest_z)
+        policy = exp_of_difference(z_c, rest_z)
         if r_ptr is not None:
             r = load_logits(r_ptr + row * r_stride, offs, mask, REF_SCALE, REF_SOFTCAP)
             r_c = r - norm_r
-            probs = exp(r_c - rest_r)
+            probs = exp_of_difference(r_c, rest_r)
             # differences first: exactly 0 where the policy is the reference
             if g_risk_ptr is not None:
                 q = probs
                 if RISK == "erm" or RISK == "small_erm":
-                    log_weight = tilted(z_c, r_c, rest_z, rest_r, MU)
-                    q = exp((log_weight - tl.load(saved_row + 3)) - tl.load(saved_row + 4))
+                    q = exp_of_difference(tilted(z_c, r_c, probs, MU) - tl.load(saved_row + 3), tl.load(saved_row + 4))
                 if RISK == "cvar":
                     q *= tail_weight(r - z, tl.load(saved_row + 3), tl.load(saved_row + 4), TAIL)
                 dz += g_risk * (policy - q)
             if g_kl_ptr is not None:
                 dz += g_kl * (policy - probs)
         if g_logp_ptr is not None:
-            dz += g_logp * (tl.where(offs == tl.load(labels_ptr + row), 1.0, 0.0) - policy)
-        if SOFTCAP > 0.0:
-            dz *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
+            label = tl.load(labels_ptr + row)
+            label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)  # 64 bits would compare half as fast
+            dz += g_logp * (tl.where(offs == label, 1.0, 0.0) - policy)
+        if SOFTCAP > 0.0:  # 0 at columns that do not exist, where −inf would make it −inf
+            dz *= tl.maximum(1.0 - (z / SOFTCAP) * (z / SOFTCAP), 0.0)
         if SCALE != 1.0:
             dz *= SCALE
-        dz = tl.where(z == -float("inf"), 0.0, dz)
     tl.store(out_ptr + row * out_stride + offs, dz.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 
 from rsa_kernels.fused.cvar import tail_of_row
-from rsa_kernels.fused.tiles import exp, expm1, expm1_excess, load_logits, log1p_deficit, pack_rests, tilted, two_sum
+from rsa_kernels.fused.tiles import (
+    add_in_parts,
+    exp,
+    exp_of_difference,
+    expm1,
+    expm1_excess,
+    load_logits,
+    log1p_deficit,
+    pack_rests,
+    tilted,
+    unpack_rests,
+)
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite numbers: a tile of −inf must not make inf − inf
 
@@ -50,11 +61,12 @@ def statistics_kernel(
             r_y = label_logit(r_row, label, V, REF_SCALE, REF_SOFTCAP)
             tl.store(ref_logp_ptr + row, (r_y - m_r) - log_r)
         # in two parts: logits of 1e4 would leave one fp32 three digits
-        norm_z, rest_z = two_sum(m_z, log_z)
-        norm_r, rest_r = two_sum(m_r, log_r)
+        norm_z, rest_z = add_in_parts(m_z, log_z)
+        norm_r, rest_r = add_in_parts(m_r, log_r)
         saved_row = saved_ptr + row * SAVED
         tl.store(saved_row, norm_z)
-        tl.store(saved_row + 1, pack_rests(norm_z, rest_z, norm_r, rest_r))
+        rests = pack_rests(norm_z, rest_z, norm_r, rest_r)
+        tl.store(saved_row + 1, rests)
         if RISK != "none":
             tl.store(saved_row + 2, norm_r)
         c = log_r - log_z
@@ -65,7 +77,7 @@ def statistics_kernel(
             tl.store(risk_ptr + row, kl)
         if RISK == "erm" or RISK == "small_erm":
             value, top, log_norm = entropic(
-                z_row, r_row, norm_z, norm_r, rest_z, rest_r, s_r, c, drift, tilt,
+                z_row, r_row, norm_z, norm_r, rests, s_r, c, drift, tilt,
                 V, SCALE, SOFTCAP, REF_SCALE, REF_SOFTCAP, SUMS, MU, LANES,
             )  # fmt: skip
             tl.store(risk_ptr + row, value)
@@ -173,11 +185,11 @@ def maxima(z, r, HAS_REF: tl.constexpr):
 
 @triton.jit
 def entropic(
-    z_row, r_row, norm_z, norm_r, rest_z, rest_r, s_r, c, drift, tilt, V: tl.constexpr,
+    z_row, r_row, norm_z, norm_r, rests, s_r, c, drift, tilt, V: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, REF_SCALE: tl.constexpr, REF_SOFTCAP: tl.constexpr,
     SUMS: tl.constexpr, MU: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The risk log E exp(μ x) / μ, and that logarithm as the sum of a large and a small part.
+    """The risk log E exp(μ x) / μ, and the logarithm of Σ exp `tilted`, the norm of the weights, in two parts.
 
     From the sum `tilt`, or by one more sweep where its terms are so large that they have lost digits, or are inf.
     """
@@ -192,20 +204,22 @@ def entropic(
     else:  # where x has no spread the risk is its mean, exactly: that of a policy equal to its reference is 0
         useful = beyond == 0.0
         value = mean - c
-    top, log_norm = tl.full((), 0.0, tl.float32), MU * value
+    rest_z, rest_r = unpack_rests(rests, norm_z, norm_r)
+    constant = rest_r + MU * (rest_r - rest_z)  # which `tilted` leaves out
+    top, log_norm = tl.full((), 0.0, tl.float32), constant + MU * value
     if not useful:  # nan is not
         highest, total = tl.full((LANES,), LOWEST, tl.float32), tl.zeros((LANES,), tl.float32)
         for start in range(0, V, LANES):
             offs = start + tl.arange(0, LANES)
             z = load_logits(z_row, offs, offs < V, SCALE, SOFTCAP)
             r = load_logits(r_row, offs, offs < V, REF_SCALE, REF_SOFTCAP)
-            log_weight = tilted(z - norm_z, r - norm_r, rest_z, rest_r, MU)
+            log_weight = tilted(z - norm_z, r - norm_r, exp_of_difference(r - norm_r, rest_r), MU)
             higher = tl.maximum(highest, log_weight)
             total = total * exp(highest - higher) + exp(log_weight - higher)
             highest = higher
         top = tl.max(highest, 0)
         log_norm = tl.log(tl.sum(total * exp(highest - top), 0))
-        value = tl.where(top == float("inf"), top, tl.div_rn(top, MU) + tl.div_rn(log_norm, MU))
+        value = tl.where(top == float("inf"), top, tl.div_rn(top, MU) + tl.div_rn(log_norm - constant, MU))
     return value, top, log_norm
 
 

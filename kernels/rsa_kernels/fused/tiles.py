@@ -33,6 +33,12 @@ def exp(x):
 
 
 @triton.jit
+def exp_of_difference(x, shift):
+    """exp(x − shift), with one multiply-add before the exponential; nothing is lost as long as `shift` is small."""
+    return tl.exp2(x * LOG2_E - shift * LOG2_E)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) − 1, relative error about 3e-7: a polynomial near 0, where the difference has lost its digits."""
     near = x * (
@@ -67,35 +73,27 @@ def tanh(x):
 
 
 @triton.jit
-def tilted(z_c, r_c, rest_z, rest_r, MU: tl.constexpr):
-    """log p + μ x with x = log p − log π: the logarithm of ERM's weights but for their norm.
+def add_in_parts(a, b):
+    """a + b as a number of 18 bits and the rest of it.
 
-    Logits come less their log-normaliser in fp32, of which `rest_*` is what was rounded away. What has mass 0 counts
-    where x is finite, since μ x may outweigh log p.
+    Of logits in half precision, and of many others, a number that short can be subtracted without rounding.
     """
-    log_probs = r_c - rest_r
-    x = (r_c - z_c) - (rest_r - rest_z)
-    x = tl.where((exp(log_probs) > 0.0) | (tl.abs(x) < float("inf")), x, 0.0)
-    return log_probs + MU * x
-
-
-@triton.jit
-def two_sum(a, b):
-    """a + b, and what rounding took from it, exactly (Knuth)."""
     total = a + b
     b_seen = total - a
-    return total, (a - (total - b_seen)) + (b - b_seen)
+    lost = (a - (total - b_seen)) + (b - b_seen)  # by rounding, exactly (Knuth)
+    short = ((total.to(tl.int32, bitcast=True) + 32) & -64).to(tl.float32, bitcast=True)
+    return short, (total - short) + lost
 
 
 @triton.jit
 def pack_rests(norm_z, rest_z, norm_r, rest_r):
-    """What rounding took from two sums, at most 2⁻²⁴ of them, as 16-bit fractions in the bits of one fp32."""
+    """The rests of two sums, at most 2⁻¹⁸ of them, as 16-bit fractions in the bits of one fp32."""
     return ((fraction(norm_z, rest_z) << 16) | (fraction(norm_r, rest_r) & 0xFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def fraction(norm, rest):
-    scaled = tl.where(tl.abs(rest) > 0.0, rest / norm * 2.0**39, 0.0)
+    scaled = tl.where(tl.abs(rest) > 0.0, rest / norm * 2.0**33, 0.0)
     return tl.minimum(tl.floor(scaled + 0.5), 32767.0).to(tl.int32)
 
 
@@ -103,4 +101,14 @@ def fraction(norm, rest):
 def unpack_rests(word, norm_z, norm_r):
     """The two rests that `pack_rests` packed, in fp32."""
     bits = word.to(tl.int32, bitcast=True)
-    return (bits >> 16).to(tl.float32) * (norm_z * 2.0**-39), ((bits << 16) >> 16).to(tl.float32) * (norm_r * 2.0**-39)
+    return (bits >> 16).to(tl.float32) * (norm_z * 2.0**-33), ((bits << 16) >> 16).to(tl.float32) * (norm_r * 2.0**-33)
+
+
+@triton.jit
+def tilted(z_c, r_c, probs, MU: tl.constexpr):
+    """log p + μ (log p − log π), but for a constant, of logits less the log-normalisers.
+
+    Outcomes of mass 0 count where the difference is finite, since μ times it may outweigh log p.
+    """
+    d = r_c - z_c
+    return r_c + MU * tl.where((probs > 0.0) | (tl.abs(d) < float("inf")), d, 0.0)
