@@ -98,7 +98,7 @@ def upper_quantile(
         )
         wanted = tl.where(sweeps == 0, TAIL * masses[0], wanted)  # the first threshold of all is −inf
         for k in tl.static_range(K):
-            reached = (masses[k] >= wanted) & (thresholds[k] >= lo)
+            reached = (masses[k] >= wanted) & (thresholds[k] > lo)
             at_lo, lo = tl.where(reached, masses[k], at_lo), tl.where(reached, thresholds[k], lo)
             passed = (masses[k] < wanted) & (thresholds[k] < hi)
             at_hi, hi = tl.where(passed, masses[k], at_hi), tl.where(passed, thresholds[k], hi)
