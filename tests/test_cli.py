@@ -167,7 +167,8 @@ SETTING_MISTAKES = {
 
 
 @pytest.mark.parametrize("name", SETTING_MISTAKES)
-def test_bad_settings_are_one_line(name, pairs, capsys):
+def test_bad_settings_are_one_line(name, pairs, capsys, monkeypatch):
+    monkeypatch.setattr("rsa_kernels.dispatch.INTERPRETED", False)
     extra, expected = SETTING_MISTAKES[name]
     status, message = rsa("fit", "-c", SAFETY, "--data.path", pairs, *FAST, *extra, capsys=capsys)
     assert status != 0
