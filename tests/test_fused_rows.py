@@ -97,7 +97,7 @@ def assert_definition(z: Tensor, r: Tensor, labels: Tensor, risk, **options) -> 
         error, naive_error = ((x[name].double() - truth).abs().max().item() for x in (ours, plain))
         allowed = 2 * naive_error + (EPSILON[z.dtype] if name == "dz" else 1e-6)
         if name == "dz" and z.dtype == torch.bfloat16 and DEVICE == "cpu":
-            allowed += 2**-8 * truth.abs().max().item()  # the interpreter truncates: half a bf16 ulp more than rounding
+            allowed += 2**-7 * truth.abs().max().item()  # the interpreter truncates: by less than a bf16 ulp
         assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}, naive is by {naive_error:.2e}"
 
 
