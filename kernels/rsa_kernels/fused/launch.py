@@ -27,6 +27,7 @@ class Block(NamedTuple):
 
 # 8 running sums per thread and accumulator, 16 entries in flight; two programs fit a multiprocessor
 STATISTICS: dict[Kind, Block] = dict.fromkeys(get_args(Kind), Block(4096, 2048, 256, 128))
+STATISTICS["cvar"] = Block(2048, 1024, 256, 128)  # the search that follows needs registers of its own
 STATISTICS["small_erm"] = Block(2048, 2048, 256, 128)  # its polynomials are long
 GRADIENT = Block(2048, 2048, 128, None)
 # The selection of CVaR keeps 2K sums per entry of its tile: smaller tiles, or registers spill.
