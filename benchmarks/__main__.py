@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
 
-from benchmarks.cases import DTYPES, SUITES, Spec, specs
+from benchmarks.kernels.cases import DTYPES, SUITES, Spec, specs
 
 MEASURES: dict[str, type[RiskMeasure]] = {"KL": KL, "CVaR": CVaR, "ERM": ERM}
 
@@ -37,24 +37,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _kernels(options: argparse.Namespace) -> int:
     """Times and memory of the operators and of their peers."""
-    from benchmarks import kernels, kernels_report
+    from benchmarks.kernels import report, run
 
     device = torch.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    setting = kernels.Setting(
+    setting = run.Setting(
         device, dtype, options.samples, tuple(options.providers), options.compile or device.type == "cuda"
     )
-    results = kernels.empty_results(device)
+    results = run.empty_results(device)
 
     def after_case() -> None:
         print(results.done[-1], file=sys.stderr, flush=True)
         if options.output is not None:  # a run takes long, and may be cut off
-            kernels_report.write(results, options.output)
+            report.write(results, options.output)
 
-    kernels.run(_wanted(options), setting, results, after_case)
-    kernels_report.show(results)
+    run.run(_wanted(options), setting, results, after_case)
+    report.show(results)
     print(json.dumps(results.environment))
     return 1 if results.disagreements else 0
 
@@ -81,28 +81,28 @@ def _gpu(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("python -m benchmarks gpu: torch sees no CUDA device, and a CPU can tell none of it", file=sys.stderr)
         return 2
-    from benchmarks import kernels_gpu, kernels_pieces
+    from benchmarks.gpu import pieces, queue
 
-    pieces = kernels_pieces.PIECES
+    every = pieces.PIECES
     if options.piece is None:
-        return kernels_gpu.run_all(options.output, pieces)
+        return queue.run_all(options.output, every)
     try:
-        piece = kernels_gpu.find(options.piece, pieces)
+        piece = queue.find(options.piece, every)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    return kernels_gpu.run_one(options.output, piece, pieces)
+    return queue.run_one(options.output, piece, every)
 
 
 def _aot(options: argparse.Namespace) -> int:
-    from benchmarks import aot
+    from benchmarks.aot import command
 
-    return aot.main(options)
+    return command.main(options)
 
 
 def _step(options: argparse.Namespace) -> int:
     """Whole training steps."""
-    from benchmarks import step  # it brings the trainers
+    from benchmarks.step import run as step  # it brings the trainers
 
     disagreements, rows = step.run(options.quick, options.samples, options.trl)
     if disagreements:
@@ -131,7 +131,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     gpu.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result files")
     aot = commands.add_parser("aot", help="the kernels compiled ahead of time: registers, spills, bytes")
     if arguments[:1] == ["aot"]:
-        from benchmarks.aot import add_arguments  # it brings Triton
+        from benchmarks.aot.command import add_arguments  # it brings Triton
 
         add_arguments(aot)
     _add_step(commands.add_parser("step", help="a whole training step beside TRL's DPO, in float32 on the CPU"))

@@ -12,9 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from benchmarks.kernels_goals import goals_table, verdicts
-from benchmarks.kernels_pending import pending
-from benchmarks.kernels_results import EXTRA, TIME, Record, index, lookup, read_runs
+from benchmarks.kernels.goals import goals_table, verdicts
+from benchmarks.kernels.results import EXTRA, TIME, Record, index, lookup, read_runs
+from benchmarks.pending import pending
 
 BOTH_WAYS = "forward+backward"
 DPI = 120

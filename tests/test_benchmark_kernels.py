@@ -1,13 +1,9 @@
-"""The benchmark of the operators: what disagrees is named and not timed, memory and goals are what they are said to be,
-and pieces of a GPU run go on where they stopped. Everything but the GPU itself.
-"""
+"""The benchmark of the operators: what disagrees is named and not timed, memory and goals are what they are said to be."""
 
 import json
 import math
-import time
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,23 +11,13 @@ import torch
 from rsa_kernels import ERM, KL, CVaR, naive
 
 from benchmarks import __main__ as command
-from benchmarks import (
-    figures,
-    kernels,
-    kernels_exact,
-    kernels_goals,
-    kernels_gpu,
-    kernels_pending,
-    kernels_pieces,
-    kernels_steps,
-    providers,
-    providers_peers,
-    timing,
-)
-from benchmarks.cases import GPU_MAIN, SUITES, Case, Spec, make, specs
-from benchmarks.kernels_agreement import EPSILON, check
-from benchmarks.kernels_exact import DPO, JSD, LABELS, NESTED, TOKENS
-from benchmarks.kernels_results import COLUMNS, EXTRA, TIME, Results
+from benchmarks import figures, pending, timing
+from benchmarks.gpu import pieces as gpu_pieces
+from benchmarks.kernels import exact, goals, peers, providers, run
+from benchmarks.kernels.agreement import EPSILON, check
+from benchmarks.kernels.cases import GPU_MAIN, SUITES, Case, Spec, make, specs
+from benchmarks.kernels.exact import DPO, JSD, LABELS, NESTED, TOKENS
+from benchmarks.kernels.results import COLUMNS, EXTRA, TIME
 
 CPU = torch.device("cpu")
 SMALL = Spec("linear", (24, 8, 33), KL(), "trainable")
@@ -158,11 +144,11 @@ def wrong_gradient(spec):
     return replace(right, call=call)
 
 
-published = providers_peers.published
+published = peers.published
 
 
 def test_a_provider_that_is_wrong_is_named_and_not_timed(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(providers_peers, "published", wrong_gradient)
+    monkeypatch.setattr(peers, "published", wrong_gradient)
     assert quick("--suite", "linear", "--risks", "KL", "--output", str(tmp_path)) == 1
     error = capsys.readouterr().err
     assert "linear N=64 H=32 V=129 KL() trainable head: research gradient of weight is off by" in error
@@ -208,7 +194,7 @@ def test_nan_disagrees():
 
 
 def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(providers_peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     found = {o.name: o for o in providers.offers(SMALL, CPU, torch.float32, False)}
     for name in ("liger-dpo", "liger-jsd"):
         assert "pip install -c constraints.txt liger-kernel" in found[name].reason
@@ -226,8 +212,8 @@ def test_triton_is_not_timed_on_a_cpu():
 @pytest.mark.parametrize("head", ["trainable", "frozen"])
 def test_the_truth_is_the_definition_whatever_the_blocks(risk, head):
     whole = case(SMALL._replace(risk=risk, head=head)).cast(torch.float64)
-    values, gradients = kernels_exact.differentiate(providers.linear_call(risk, "naive"), TOKENS, whole)
-    found = kernels_exact.defined(whole, TOKENS, blocks=5)
+    values, gradients = exact.differentiate(providers.linear_call(risk, "naive"), TOKENS, whole)
+    found = exact.defined(whole, TOKENS, blocks=5)
     assert found.values.keys() == values.keys()
     assert found.gradients.keys() == gradients.keys() == ({"hidden", "weight"} if head == "trainable" else {"hidden"})
     for name, tensor in (values | gradients).items():
@@ -242,13 +228,13 @@ def whole_gradient(objective, given: Case) -> dict[str, torch.Tensor]:
         z, r = t["hidden"] @ t["weight"].T, t["ref_hidden"] @ t["ref_weight"].T
         return objective.finish(objective.rows(z, r, t["labels"], c.spec.risk))
 
-    return kernels_exact.differentiate(call, objective, given)[1]
+    return exact.differentiate(call, objective, given)[1]
 
 
 @pytest.mark.parametrize("objective", [DPO, JSD, LABELS], ids=lambda o: o.name)
 def test_losses_over_sequences_are_differentiated_through_their_rows(objective):
     given = case().cast(torch.float64)
-    found = kernels_exact.defined(given, objective, blocks=3)
+    found = exact.defined(given, objective, blocks=3)
     for name, gradient in whole_gradient(objective, given).items():
         torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-14)
     # gradients of a mean are small, so errors are measured in the largest that reaches a row
@@ -259,7 +245,7 @@ def test_losses_over_sequences_are_differentiated_through_their_rows(objective):
 def test_preference_loss_hand_worked():
     """Two responses of two tokens: lr is 0.5 and −0.5, so the loss is −log σ(0.1)."""
     rows = {"logp": torch.tensor([-1.0, -1.0, -2.0, -1.0]), "ref_logp": torch.tensor([-1.5, -1.0, -1.5, -1.0])}
-    terms = kernels_exact.preference_terms(rows)
+    terms = exact.preference_terms(rows)
     assert terms["loss"].item() == pytest.approx(math.log1p(math.exp(-0.1)))
     assert terms["chosen_logps"].tolist() == [-2]
     assert terms["rejected_logps"].tolist() == [-3]
@@ -268,8 +254,8 @@ def test_preference_loss_hand_worked():
 def test_jensen_shannon_hand_worked():
     """0 of a distribution with itself, log 2 of two that share nothing."""
     same, apart = torch.randn(1, 5), torch.tensor([[30.0, 0.0]])
-    assert kernels_exact.jensen_shannon(same, same).item() == pytest.approx(0, abs=1e-7)
-    assert kernels_exact.jensen_shannon(apart, apart.flip(1)).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert exact.jensen_shannon(same, same).item() == pytest.approx(0, abs=1e-7)
+    assert exact.jensen_shannon(apart, apart.flip(1)).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("risk", RISKS, ids=str)
@@ -280,7 +266,7 @@ def test_the_published_formulation_is_the_definition(risk):
     r[0] = z[0]  # one single tie
     labels = torch.randint(0, 40, (12,))
     found = []
-    for rows in (providers_peers.published_rows, lambda *a: kernels_exact.named(naive.token_risk(*a))):
+    for rows in (peers.published_rows, lambda *a: exact.named(naive.token_risk(*a))):
         leaf = z.clone().requires_grad_()
         values = rows(leaf, r, labels, risk)
         loss = values["logp"].sum() - 0.5 * values.get("risk", torch.zeros(12)).sum()
@@ -292,14 +278,14 @@ def test_the_published_formulation_is_the_definition(risk):
 
 def test_the_tail_of_a_sort_hand_worked():
     """0.5 of mass ties at the threshold for a tail of 0.4: it is shared as 0.3 to 0.2."""
-    weights = providers_peers.sorted_tail(torch.tensor([[1.0, 2.0, 2.0]]), torch.tensor([[0.5, 0.3, 0.2]]), 0.4)
+    weights = peers.sorted_tail(torch.tensor([[1.0, 2.0, 2.0]]), torch.tensor([[0.5, 0.3, 0.2]]), 0.4)
     torch.testing.assert_close(weights, torch.tensor([[0.0, 0.6, 0.4]]))
 
 
 def test_nested_truth_is_the_recursion():
     given = case(Spec("nested", (3, 5))).cast(torch.float64)
-    values, gradients = kernels_exact.differentiate(providers.nested_call("naive"), NESTED, given)
-    found = kernels_exact.defined(given, NESTED)
+    values, gradients = exact.differentiate(providers.nested_call("naive"), NESTED, given)
+    found = exact.defined(given, NESTED)
     for name, tensor in (values | gradients).items():
         torch.testing.assert_close((found.values | found.gradients)[name], tensor.detach(), rtol=0, atol=1e-13)
 
@@ -307,9 +293,9 @@ def test_nested_truth_is_the_recursion():
 def test_a_plain_sum_in_low_precision_is_what_a_peer_may_do():
     """Eight blocks summed in bf16 are further from the truth than one, and a peer that sums so is given as much room."""
     given = case(Spec("linear", (512, 16, 33), KL(), "trainable"), torch.bfloat16)
-    exact = kernels_exact.truth(given, TOKENS).gradients["weight"]
-    one, many = (kernels_exact.defined(given, TOKENS, blocks, torch.bfloat16).gradients["weight"] for blocks in (1, 64))
-    assert (many - exact).abs().max() > 1.5 * (one - exact).abs().max()
+    true = exact.truth(given, TOKENS).gradients["weight"]
+    one, many = (exact.defined(given, TOKENS, blocks, torch.bfloat16).gradients["weight"] for blocks in (1, 64))
+    assert (many - true).abs().max() > 1.5 * (one - true).abs().max()
     assert EPSILON[torch.bfloat16] == 1e-4
 
 
@@ -344,8 +330,8 @@ def hand_made(case, t):
 
 def measured_extra(spec: Spec, mode: str) -> int:
     given = case(spec)
-    method = kernels.methods_of(given, [providers.Provider("it", "ours", hand_made)], mode)["it"]
-    return kernels.extra_bytes(given, mode, timing.peak_extra_bytes(method, CPU))
+    method = run.methods_of(given, [providers.Provider("it", "ours", hand_made)], mode)["it"]
+    return run.extra_bytes(given, mode, timing.peak_extra_bytes(method, CPU))
 
 
 def test_extra_memory_is_what_a_provider_adds():
@@ -354,15 +340,15 @@ def test_extra_memory_is_what_a_provider_adds():
     d_hidden, gradients = 4 * 2 * 64, 4 * (2 + 4096) * 64
     assert HELD <= measured_extra(large, "forward") < HELD + 2**12
     assert HELD - d_hidden <= measured_extra(large._replace(head="frozen"), "forward+backward") < HELD + 2**13
-    assert kernels.extra_bytes(case(large), "forward+backward", HELD + gradients + 4 * 4096 * 64) == HELD
-    assert kernels.extra_bytes(case(large._replace(head="frozen")), "forward+backward", HELD + 4 * 2 * 64) == HELD
-    assert kernels.extra_bytes(case(large), "forward+backward", 0) == 0
+    assert run.extra_bytes(case(large), "forward+backward", HELD + gradients + 4 * 4096 * 64) == HELD
+    assert run.extra_bytes(case(large._replace(head="frozen")), "forward+backward", HELD + 4 * 2 * 64) == HELD
+    assert run.extra_bytes(case(large), "forward+backward", 0) == 0
 
 
 def test_the_buffer_of_the_head_is_in_fp32_whatever_its_dtype():
     given = case(dtype=torch.bfloat16)
     n, h, v = SMALL.shape
-    assert kernels.extra_bytes(given, "forward+backward", 10**6) == 10**6 - 2 * (n + v) * h - 4 * v * h
+    assert run.extra_bytes(given, "forward+backward", 10**6) == 10**6 - 2 * (n + v) * h - 4 * v * h
 
 
 def test_expected_work_hand_worked():
@@ -419,7 +405,7 @@ def record(
 
 
 def words(runs: list[dict]) -> dict[str, str]:
-    return {str(v.goal): v.word for v in kernels_goals.verdicts(runs)}
+    return {str(v.goal): v.word for v in goals.verdicts(runs)}
 
 
 GOAL = "H200-class GPU: triton-cache KL() at N=8192 H=4096 V=128256, forward+backward: "
@@ -460,9 +446,9 @@ def test_goals_hold_on_their_device_only():
 
 def test_every_goal_is_of_a_case_that_is_run():
     """By the piece that it names, or by `make bench`."""
-    pieces = {piece.name: piece.work.args for piece in kernels_pieces.PIECES if isinstance(piece.work, partial)}
-    for goal in kernels_goals.goals():
-        if goal.device == kernels_goals.CPU:
+    pieces = {piece.name: piece.work.args for piece in gpu_pieces.PIECES if isinstance(piece.work, partial)}
+    for goal in goals.goals():
+        if goal.device == goals.CPU:
             assert goal.spec in specs("linear", "cpu", False), goal
             continue
         cases, names = pieces[goal.piece]
@@ -476,7 +462,7 @@ def test_every_goal_is_of_a_case_that_is_run():
 
 def test_figures_are_made_from_files_alone(monkeypatch, tmp_path, capsys):
     assert quick("--suite", "all", "--risks", "KL", "--providers", "naive", "chunked", "--output", str(tmp_path)) == 0
-    monkeypatch.setattr(kernels, "run", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("something was measured"))
     assert command.main(["figures", str(tmp_path)]) == 0
     names = {file.name for file in tmp_path.glob("*.png")}
     assert names == {f"kernels_{what}.png" for what in ("time", "memory", "share_of_floor", "share_of_copy", "growth")}
@@ -501,197 +487,19 @@ def test_a_folder_that_is_not_there_is_an_error(capsys, tmp_path):
     assert "there is no folder" in capsys.readouterr().err
 
 
-RESULTS = Path(kernels_pieces.ROOT) / "benchmarks/results"
+RESULTS = Path(gpu_pieces.ROOT) / "benchmarks/results"
 
 
 def test_what_is_pending_is_what_the_committed_results_lack():
     """`python -m benchmarks figures benchmarks/results` writes it."""
     page = (RESULTS / "PENDING.md").read_text()
-    assert page == kernels_pending.pending(RESULTS)
+    assert page == pending.pending(RESULTS)
 
 
 def test_pending_names_each_open_goal_and_piece_with_its_command(tmp_path):
-    page = kernels_pending.pending(tmp_path)
-    for goal in kernels_goals.goals():
+    page = pending.pending(tmp_path)
+    for goal in goals.goals():
         piece = f"python -m benchmarks gpu --piece {goal.piece}" if goal.piece else "make bench"
         assert f"| {goal} | `{piece}` |" in page
     (tmp_path / "gpu_0_agreement.json").write_text(json.dumps(run_of([]) | {"piece": "agreement", "complete": True}))
-    assert "--piece agreement" not in kernels_pending.pending(tmp_path)
-
-
-# ---- pieces ----------------------------------------------------------------------------------------------------------
-
-
-def piece(name: str, calls: list, content: dict) -> kernels_gpu.Piece:
-    def work(earlier, save, until):
-        calls.append(earlier)
-        assert until > time.monotonic()
-        save(found | {"half": 1})
-        return found
-
-    found = {
-        "environment": {"sources": timing.sources()},
-        "records": [],
-        "disagreements": [],
-        "complete": True,
-    } | content
-    return kernels_gpu.Piece(name, "for a test", work)
-
-
-def test_a_piece_that_is_done_is_not_run_again(tmp_path):
-    calls: list = []
-    one = piece("one", calls, {})
-    assert [kernels_gpu.run_one(tmp_path, one, [one]) for _ in range(2)] == [0, 0]
-    assert calls == [{}]
-    assert json.loads((tmp_path / "gpu_0_one.json").read_text())["piece"] == "one"
-
-
-def test_a_piece_that_was_cut_off_goes_on(tmp_path):
-    """What was saved is handed to the next run, and the file is never half written."""
-
-    def cut_off(earlier, save, until):
-        save({"disagreements": [], "records": [1], "environment": {}})
-        raise KeyboardInterrupt
-
-    cut = kernels_gpu.Piece("one", "", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        kernels_gpu.run_one(tmp_path, cut, [cut])
-    calls: list = []
-    assert kernels_gpu.run_one(tmp_path, piece("one", calls, {}), [cut]) == 0
-    assert calls[0]["records"] == [1]
-    assert calls[0]["complete"] is False
-
-
-def test_a_piece_that_disagrees_or_is_left_fails(tmp_path, capsys):
-    wrong, left = piece("wrong", [], {"disagreements": ["off by 1"]}), piece("left", [], {"complete": False})
-    assert kernels_gpu.run_one(tmp_path, wrong, [wrong, left]) == 1
-    assert "off by 1" in capsys.readouterr().err
-    assert kernels_gpu.run_one(tmp_path, left, [wrong, left]) == 1
-    assert "not done, run it again" in capsys.readouterr().out
-
-
-def test_results_of_other_kernels_are_not_passed_off_as_these(tmp_path, capsys):
-    old = piece("old", [], {"environment": {"sources": "0123"}})
-    assert kernels_gpu.run_one(tmp_path, old, [old]) == 0
-    assert "done by other kernels than these" in capsys.readouterr().out
-
-
-def test_pieces_are_found_by_number_and_name():
-    for number, one in enumerate(kernels_pieces.PIECES):
-        assert (
-            kernels_gpu.find(str(number), kernels_pieces.PIECES)
-            is kernels_gpu.find(one.name, kernels_pieces.PIECES)
-            is one
-        )
-    with pytest.raises(ValueError, match=r"--piece is one of 0 \(agreement\).*, got nine"):
-        kernels_gpu.find("nine", kernels_pieces.PIECES)
-
-
-def test_a_gpu_run_leaves_at_most_eight_files(tmp_path):
-    """One for each piece, and the records of all of them as CSV."""
-    pieces = [piece(one.name, [], {}) for one in kernels_pieces.PIECES]
-    for one in pieces:
-        kernels_gpu.run_one(tmp_path, one, pieces)
-    files = sorted(file.name for file in tmp_path.iterdir())
-    assert len(files) == len(kernels_pieces.PIECES) + 1 <= 8
-    assert "gpu.csv" in files
-    assert kernels_gpu.LAST_START_S < kernels_gpu.PIECE_S <= 540
-
-
-def test_cases_are_left_where_time_is_short_and_measured_later():
-    cases = [Spec("nested", (2, tokens)) for tokens in (3, 4, 5)]
-    setting = kernels.Setting(CPU, torch.float32, 1, ("chunked",))
-    results = kernels.empty_results(CPU)
-    assert not kernels.run(cases, setting, results, until=time.monotonic() - 1)
-    assert results.done == []
-    saved: list[int] = []
-    assert kernels.run(cases[:2], setting, results, after=lambda: saved.append(len(results.records)))
-    assert saved[0] < saved[1]
-    kept = list(results.records)
-    assert kernels.run(cases, setting, results)
-    assert results.records[: len(kept)] == kept
-    assert results.done == [str(spec) for spec in cases]
-
-
-def test_the_longest_case_so_far_says_whether_another_fits(monkeypatch):
-    """Clocks: each case takes 10, so a third does not fit before 25."""
-    now = [0.0]
-    monkeypatch.setattr(kernels.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(kernels, "_run_case", lambda *_: now.__setitem__(0, now[0] + 10))
-    results = Results({}, [], [], [], [])
-    assert not kernels.run(
-        [Spec("nested", (2, t)) for t in (3, 4, 5)], kernels.Setting(CPU, torch.float32, 1), results, until=25
-    )
-    assert len(results.done) == 2
-
-
-@pytest.fixture
-def same_kernels(monkeypatch) -> None:
-    """Whatever an editor does to them while the tests run."""
-    monkeypatch.setattr(timing, "sources", lambda: "4567")
-
-
-@pytest.mark.usefixtures("same_kernels")
-def test_what_another_device_found_is_measured_again():
-    here = timing.environment(kernels_pieces._device())
-    assert kernels_pieces.usable({"environment": here, "records": [1]})["records"] == [1]
-    assert kernels_pieces.usable({"environment": here | {"device": "NVIDIA H100"}, "records": [1]}) == {}
-    assert kernels_pieces.usable({"environment": here | {"sources": "0123"}, "records": [1]}) == {}
-
-
-@pytest.mark.usefixtures("same_kernels")
-def test_a_piece_of_benchmarks_keeps_what_it_measured():
-    """The second run finds one of two cases done; the compiler is a provider, as on a GPU, where it can run."""
-    cases = [Spec("linear", (6, 4, 9), risk, "trainable") for risk in (KL(), None)]
-    saved: list[dict] = []
-    first = kernels_pieces._benchmark(cases[:1], ("naive", "compiled"), {}, saved.append, math.inf)
-    assert first["complete"]
-    assert saved[-1]["records"] == first["records"]
-    timed = {r["provider"] for r in first["records"] if r["metric"] == TIME}
-    assert timed | {r["provider"] for r in first["missing"]} == {"gemms", "naive", "compiled"}
-    assert "naive" in timed
-    again = kernels_pieces._benchmark(cases, ("naive",), json.loads(json.dumps(first)), saved.append, math.inf)
-    assert again["done"] == [str(spec) for spec in cases]
-    assert again["records"][: len(first["records"])] == first["records"]
-
-
-@pytest.fixture
-def two_test_files(monkeypatch, tmp_path) -> None:
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/test_good.py").write_text("def test_a():\n    pass\n")
-    (tmp_path / "tests/test_bad.py").write_text("def test_b():\n    assert 1 == 2\n")
-    monkeypatch.setattr(kernels_pieces, "ROOT", tmp_path)
-
-
-@pytest.mark.usefixtures("two_test_files", "same_kernels")
-def test_tests_are_run_file_by_file_and_failures_named():
-    saved: list[dict] = []
-    names = ["test_bad.py", "test_good.py"]
-    content = kernels_pieces.run_tests(names, {}, saved.append, time.monotonic() + 500)
-    assert content["complete"]
-    assert [test["file"] for test in content["tests"]] == names
-    assert "1 passed" in content["tests"][1]["summary"]
-    [failure] = content["disagreements"]
-    assert failure.startswith("FAILED tests/test_bad.py::test_b")
-    again = kernels_pieces.run_tests(names, content, lambda _: pytest.fail("it was run again"), time.monotonic() + 500)
-    assert again["disagreements"] == content["disagreements"]
-
-
-@pytest.mark.usefixtures("two_test_files")
-def test_a_file_of_tests_that_does_not_end_is_named():
-    [test, failed] = kernels_pieces.run_test("test_good.py", 0.01)
-    assert failed == ["tests/test_good.py: not done after 0 s"] == [test["summary"]]
-
-
-def test_steps_agree_on_a_cpu_and_a_difference_is_named():
-    """Three steps with chunked and with the definition; then one step off by ten times what rounding explains."""
-    found = {name: kernels_steps.losses(name, "cpu", steps=3) for name in ("chunked", "naive")}
-    assert found["naive"][0] == pytest.approx(math.log(2), abs=1e-6)
-    assert all(before != after for before, after in pairwise(found["naive"]))
-    trio = {"triton": found["chunked"], **found}
-    assert kernels_steps.disagreements(trio) == []
-    gap = kernels_steps.largest_gaps(trio)["chunked - naive"]
-    assert gap < 1e-6
-    off = [*found["chunked"][:2], found["chunked"][2] + 10 * (2 * gap + kernels_steps.EPSILON)]
-    [sentence] = kernels_steps.disagreements(trio | {"triton": off})
-    assert sentence.startswith("step 2: the loss with triton is")
+    assert "--piece agreement" not in pending.pending(tmp_path)

@@ -183,6 +183,41 @@ def test_arrows(name):
     assert strangers(name, found[full(name)], set(found)) == set()
 
 
+# folder or file of benchmarks/ -> what else of it may be imported
+BENCHMARKS = {
+    "__main__": {"kernels", "figures", "gpu", "aot", "step"},
+    "timing": set(),
+    "kernels": {"timing"},
+    "aot": {"timing"},
+    "step": {"timing"},
+    "gpu": {"kernels", "timing"},
+    "pending": {"kernels", "gpu"},
+    "figures": {"kernels", "pending"},
+}
+
+
+def benchmark_imports(path: Path) -> set[str]:
+    """The second word of `benchmarks.word`, wherever a file imports it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "benchmarks":
+            words = node.module.split(".")[1:2]
+            found |= set(words or [alias.name for alias in node.names])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_arrows_of_benchmarks(name):
+    folder = ROOT / "benchmarks"
+    files = sorted((folder / name).glob("*.py")) or [folder / f"{name}.py"]
+    assert set().union(*map(benchmark_imports, files)) == BENCHMARKS[name] | ({name} if len(files) > 1 else set())
+
+
+def test_every_benchmark_has_a_room():
+    found = {file.relative_to(ROOT / "benchmarks").parts[0] for file in (ROOT / "benchmarks").rglob("*.py")}
+    assert {name.removesuffix(".py") for name in found} - {"__init__"} == set(BENCHMARKS)
+
+
 def test_arrows_can_fail(tmp_path):
     """A loss that looked at a model, even lazily, would be found."""
     wrong = tmp_path / "losses.py"

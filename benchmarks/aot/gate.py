@@ -10,9 +10,9 @@ import rsa_kernels.fused
 from rich.table import Table
 from triton.runtime.jit import JITFunction
 
-from benchmarks.aot_cases import CAPPED, SLACK, Budget, Case
-from benchmarks.aot_compile import TARGETS, Compiled, Launch, kernel_name, launches
-from benchmarks.aot_count import Count
+from benchmarks.aot.cases import CAPPED, SLACK, Budget, Case
+from benchmarks.aot.compile import TARGETS, Compiled, Launch, kernel_name, launches
+from benchmarks.aot.count import Count
 
 REPLICATION = 1.25  # issued by the threads, over what they would issue if each element were held by one of them
 
@@ -58,7 +58,7 @@ def check(case: Case, recorded: list[Launch], budgets: dict[str, Budget]) -> Ite
                 f"{_sizes(kernel)}: smaller tiles or more warps leave more registers"
             )
     if case.budget not in budgets:
-        yield f"has no budget: add a row {case.budget!r} to BUDGETS in benchmarks/aot_cases.py"
+        yield f"has no budget: add a row {case.budget!r} to BUDGETS in benchmarks/aot/cases.py"
     else:
         yield from _over_budget(case, recorded, granted(case, budgets[case.budget]))
     yield from _replicated(case, recorded)

@@ -140,7 +140,7 @@ def cases(quick: bool) -> list[Case]:
     Statistics are short of registers: they are compiled where rows are odd, too. Quick is the first of each budget.
     """
     missing = set(FUSED) - {type(risk) for risk, _ in MEASURES}
-    assert not missing, f"no case in benchmarks/aot_cases.py is about {missing}, which dispatch.FUSED names"
+    assert not missing, f"no case in benchmarks/aot/cases.py is about {missing}, which dispatch.FUSED names"
     if not quick:
         return [row_case(v, shape) for i, v in enumerate(variants()) for shape in _shapes(v, i)] + nested_cases()
     first: dict[str, Case] = {}

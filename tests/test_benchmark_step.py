@@ -8,9 +8,9 @@ import torch
 from rsa_kernels import CVaR
 
 from benchmarks import __main__ as command
-from benchmarks import step
-from benchmarks.step_cases import EOS, PAD, as_text, step_cases, tokenizer
-from benchmarks.step_loops import Loop
+from benchmarks.step import run as step
+from benchmarks.step.cases import EOS, PAD, as_text, step_cases, tokenizer
+from benchmarks.step.loops import Loop
 from rsa_lightning.losses import DPO, RSA
 
 

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.aot_count import Count, count, scalar_loads
+from benchmarks.aot.count import Count, count, scalar_loads
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

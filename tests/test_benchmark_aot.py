@@ -20,11 +20,11 @@ if sys.platform != "linux":
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from benchmarks import aot  # noqa: E402
-from benchmarks.aot_cases import BUDGETS, MEASURES, Budget, Case, cases  # noqa: E402
-from benchmarks.aot_compile import Compiled, Launch, _amd, _width, load_bytes  # noqa: E402
-from benchmarks.aot_count import Count, Work, count, scalar_loads  # noqa: E402
-from benchmarks.aot_gate import check, granted  # noqa: E402
+from benchmarks.aot import command  # noqa: E402
+from benchmarks.aot.cases import BUDGETS, MEASURES, Budget, Case, cases  # noqa: E402
+from benchmarks.aot.compile import Compiled, Launch, _amd, _width, load_bytes  # noqa: E402
+from benchmarks.aot.count import Count, Work, count, scalar_loads  # noqa: E402
+from benchmarks.aot.gate import check, granted  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
@@ -81,8 +81,8 @@ def wide(z_ptr, stride, out_ptr, V: tl.constexpr, BLOCK_V: tl.constexpr):
 
 def planted() -> dict:
     """What the gate says about the kernels above."""
-    from benchmarks.aot_compile import _compiled
-    from benchmarks.aot_gate import run, unlaunched
+    from benchmarks.aot.compile import _compiled
+    from benchmarks.aot.gate import run, unlaunched
 
     def case(name, budget, vocabulary, launch):
         z, r = (torch.empty(ROWS, vocabulary, dtype=torch.bfloat16) for _ in range(2))
@@ -378,14 +378,16 @@ def test_every_budget_is_about_some_case_and_every_case_has_one():
 
 
 def test_a_measure_without_a_case_is_noticed(monkeypatch):
-    monkeypatch.setattr("benchmarks.aot_cases.MEASURES", MEASURES[:4])
+    monkeypatch.setattr("benchmarks.aot.cases.MEASURES", MEASURES[:4])
     with pytest.raises(AssertionError, match="CVaR"):
         cases(quick=True)
 
 
 def test_the_kernels_that_ship_pass(tmp_path):
     """Told to interpret kernels, as tests are, the gate compiles them all the same."""
-    ended = run_python("-m", "benchmarks.aot", "--quick", "--output", str(tmp_path / "gate.json"), TRITON_INTERPRET="1")
+    ended = run_python(
+        "-m", "benchmarks.aot.command", "--quick", "--output", str(tmp_path / "gate.json"), TRITON_INTERPRET="1"
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
     results = json.loads(ended.stdout.splitlines()[-1])
     assert results == json.loads((tmp_path / "gate.json").read_text())
@@ -400,7 +402,7 @@ def test_the_kernels_that_ship_pass(tmp_path):
 
 def options(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    aot.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -413,8 +415,8 @@ def test_a_failure_is_an_exit_status_and_says_which_compiler(monkeypatch, tmp_pa
     results = {"3.6.0": {"failures": []}, "3.9.0": {"failures": ["it spills"]}}
     monkeypatch.setattr(aot, "_apart", lambda options, folder: results[folder.name.removeprefix("aot-")])
     arguments = ["--venvs", str(tmp_path), "--triton", "3.6.0"]
-    assert aot.main(options(*arguments)) == 0
-    assert aot.main(options(*arguments, "--triton", "3.9.0")) == 1
+    assert command.main(options(*arguments)) == 0
+    assert command.main(options(*arguments, "--triton", "3.9.0")) == 1
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == {"op": "aot", "failures": ["triton 3.9.0: it spills"], "runs": list(results.values())}
 
@@ -423,7 +425,7 @@ def test_a_folder_with_another_version_is_refused(tmp_path):
     (tmp_path / "aot-3.6.0" / "triton-3.9.0.dist-info").mkdir(parents=True)
     (tmp_path / "aot-3.6.0" / "triton-3.9.0.dist-info" / "METADATA").write_text("Name: triton\nVersion: 3.9.0\n")
     with pytest.raises(SystemExit, match=r"aot-3.6.0 holds triton \['3.9.0'\], not 3.6.0"):
-        aot.main(options("--venvs", str(tmp_path), "--triton", "3.6.0"))
+        command.main(options("--venvs", str(tmp_path), "--triton", "3.6.0"))
 
 
 def test_a_kernel_that_no_case_launches_is_named(gate):

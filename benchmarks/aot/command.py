@@ -5,7 +5,7 @@
     python -m benchmarks aot --triton 3.6.0 --triton 3.9.0       # the same with other compilers
 
 It fails where a kernel spills vector registers, or moves more bytes or computes more exponentials per logit than
-`aot_cases.BUDGETS` grants. A sentence per failure goes to stderr and the exit status is 1. Scalar registers that spill
+`cases.BUDGETS` grants. A sentence per failure goes to stderr and the exit status is 1. Scalar registers that spill
 on AMD go to other registers, and are only reported.
 
 What is counted, where:
@@ -18,7 +18,7 @@ What is counted, where:
   selection, is a figure of its own: "4 + 4 B" are 4 bytes, and 4 in every sweep.
 - What the threads issue is counted in the last one ("ttgir"), where the layout says how many threads hold the same
   element. It may be 1.25 times what they issued if each element were held by one and each scalar by all of them.
-  `aot_count.py` says why not in the machine code.
+  `count.py` says why not in the machine code.
 """
 
 import argparse
@@ -35,9 +35,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.timing import environment
+from benchmarks.timing import ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 VERSIONS = Path("~/.cache/rsa_kernels").expanduser()
 
 
@@ -76,13 +75,13 @@ def main(options: argparse.Namespace) -> int:
 
 def _here(quick: bool) -> dict[str, Any]:
     """The gate in this process: a table on stdout, failures on stderr."""
-    from benchmarks import aot_cases, aot_gate  # with Triton, which nothing else of this module needs
+    from benchmarks.aot import cases, gate  # with Triton, which nothing else of this module needs
 
     start = time.perf_counter()
-    rows, failures = aot_gate.run(aot_cases.cases(quick), aot_cases.BUDGETS)
-    failures += [] if quick else aot_gate.unlaunched({row["kernel"] for row in rows})
+    rows, failures = gate.run(cases.cases(quick), cases.BUDGETS)
+    failures += [] if quick else gate.unlaunched({row["kernel"] for row in rows})
     surroundings = environment(torch.device("cpu"))
-    Console(width=180).print(aot_gate.table(rows, f"triton {surroundings['triton']}"))
+    Console(width=180).print(gate.table(rows, f"triton {surroundings['triton']}"))
     print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
     seconds = round(time.perf_counter() - start, 1)
     return {"op": "aot", "quick": quick, "seconds": seconds, "failures": failures, "results": rows, **surroundings}
@@ -111,7 +110,7 @@ def _apart(options: argparse.Namespace, *folders: Path) -> dict[str, Any]:
     paths = [*map(str, folders), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, "-m", "benchmarks.aot", *(["--quick"] if options.quick else [])]
+    command = [sys.executable, "-m", "benchmarks.aot.command", *(["--quick"] if options.quick else [])]
     ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     *printed, line = ended.stdout.splitlines() or [""]
     if ended.returncode not in (0, 1) or not line.startswith("{"):
@@ -121,6 +120,6 @@ def _apart(options: argparse.Namespace, *folders: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.splitlines()[0])
     add_arguments(parser)
     sys.exit(main(parser.parse_args()))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.kernels_results import read_runs, write_csv, write_json
+from benchmarks.kernels.results import read_runs, write_csv, write_json
 from benchmarks.timing import ROOT, sources
 
 PIECE_S = 9 * 60  # of a process: a lease of a GPU may end after ten minutes

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from benchmarks.kernels_goals import GPU, Verdict, verdicts
-from benchmarks.kernels_gpu import file_name
-from benchmarks.kernels_pieces import PIECES
-from benchmarks.kernels_results import read_runs
+from benchmarks.gpu.pieces import PIECES
+from benchmarks.gpu.queue import file_name
+from benchmarks.kernels.goals import GPU, Verdict, verdicts
+from benchmarks.kernels.results import read_runs
 
 HEADER = """# Not measured yet
 

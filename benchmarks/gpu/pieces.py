@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from rsa_kernels import KL, CVaR
 
-from benchmarks.cases import GPU_MAIN, LINEAR, RISKS, Spec, specs
-from benchmarks.kernels import Setting, empty_results, run
-from benchmarks.kernels_goals import as_records, verdicts
-from benchmarks.kernels_gpu import Content, Piece, Save
-from benchmarks.kernels_results import Record, Results
+from benchmarks.gpu.queue import Content, Piece, Save
+from benchmarks.kernels.cases import GPU_MAIN, LINEAR, RISKS, Spec, specs
+from benchmarks.kernels.goals import as_records, verdicts
+from benchmarks.kernels.results import Record, Results
+from benchmarks.kernels.run import Setting, empty_results, run
 from benchmarks.timing import ROOT, environment
 
 SAMPLES = 20
@@ -84,14 +84,14 @@ def run_test(name: str, seconds: float) -> tuple[Record, list[str]]:
 
 
 def _steps(earlier: Content, save: Save, until: float) -> Content:
-    from benchmarks import kernels_steps  # it brings the trainer
+    from benchmarks.gpu import steps  # it brings the trainer
 
-    found: dict[str, list[float]] = {impl: kernels_steps.losses(impl, "gpu") for impl in kernels_steps.IMPLEMENTATIONS}
+    found: dict[str, list[float]] = {impl: steps.losses(impl, "gpu") for impl in steps.IMPLEMENTATIONS}
     return {
         "environment": environment(_device()),
         "records": [],
-        "disagreements": kernels_steps.disagreements(found),
-        "largest_gaps": kernels_steps.largest_gaps(found),
+        "disagreements": steps.disagreements(found),
+        "largest_gaps": steps.largest_gaps(found),
         "losses": found,
         "complete": True,
     }

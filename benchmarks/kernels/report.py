@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.kernels_goals import as_records, goals_table, verdicts
-from benchmarks.kernels_results import Record, Results, tables, write_csv, write_json
+from benchmarks.kernels.goals import as_records, goals_table, verdicts
+from benchmarks.kernels.results import Record, Results, tables, write_csv, write_json
 
 CONSOLE_WIDTH = 150
 

@@ -170,7 +170,7 @@ class _Counter(NamedTuple):
 
     def tree(self, tree: Tree) -> Count:
         if UNKNOWN.match(tree.name):
-            raise ValueError(f"the work of {tree.name} is not known: count it in benchmarks/aot_count.py or drop it")
+            raise ValueError(f"the work of {tree.name} is not known: count it in benchmarks/aot/count.py or drop it")
         self.learn(tree.line)
         turns = self.turns(tree.line) if tree.name == "scf.for" else 1
         inner = [self.region(region) for region in tree.regions]

@@ -24,8 +24,8 @@ import torch
 from rich.table import Table
 from rsa_kernels import KL, CVaR, RiskMeasure
 
-from benchmarks.step_cases import StepCase, step_cases
-from benchmarks.step_loops import Loop, our_loop, trl_loop
+from benchmarks.step.cases import StepCase, step_cases
+from benchmarks.step.loops import Loop, our_loop, trl_loop
 from benchmarks.timing import environment, peak_extra_bytes, summary, version
 from rsa_lightning.losses import DPO, RSA, TDPO, PreferenceLoss
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rsa_kernels import RiskMeasure, naive
 from torch import Tensor
 
-from benchmarks.cases import DISCOUNT, RISK_OVER_LOGP, Case
+from benchmarks.kernels.cases import DISCOUNT, RISK_OVER_LOGP, Case
 
 Named = dict[str, Tensor]
 

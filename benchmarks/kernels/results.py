@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from benchmarks.cases import AXES, Case, Mode, Spec
-from benchmarks.kernels_agreement import Error
-from benchmarks.providers import Missing
+from benchmarks.kernels.agreement import Error
+from benchmarks.kernels.cases import AXES, Case, Mode, Spec
+from benchmarks.kernels.providers import Missing
 from benchmarks.timing import Quantiles
 
 Record = dict[str, Any]

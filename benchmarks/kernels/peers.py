@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
 from torch import Tensor
 
-from benchmarks.cases import Case, Spec
-from benchmarks.kernels_exact import BETA, DPO, JSD, LABELS, Named, sequences
-from benchmarks.providers import Missing, Offer, Provider
+from benchmarks.kernels.cases import Case, Spec
+from benchmarks.kernels.exact import BETA, DPO, JSD, LABELS, Named, sequences
+from benchmarks.kernels.providers import Missing, Offer, Provider
 
 CHUNK_ROWS = 1024  # of Liger's distillation by default
 NOT_INSTALLED = "liger_kernel is not installed: pip install -c constraints.txt liger-kernel"

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import MODES, Case, Mode, Spec, make
-from benchmarks.kernels_agreement import check
-from benchmarks.kernels_exact import differentiate
-from benchmarks.kernels_results import (
+from benchmarks.kernels.agreement import check
+from benchmarks.kernels.cases import MODES, Case, Mode, Spec, make
+from benchmarks.kernels.exact import differentiate
+from benchmarks.kernels.providers import Missing, Provider, chosen, floors, offers
+from benchmarks.kernels.results import (
     EXTRA,
     PEAK,
     REFERENCES,
@@ -24,7 +25,6 @@ from benchmarks.kernels_results import (
     missing_record,
     time_record,
 )
-from benchmarks.providers import Missing, Provider, chosen, floors, offers
 from benchmarks.timing import environment, graphed, interleave, peak_extra_bytes, ratio, summary
 
 Method = Callable[[], Any]

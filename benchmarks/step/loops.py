@@ -19,7 +19,7 @@ from rsa_kernels.ops import Impl
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.step_cases import PAD, StepCase, as_text, tokenizer
+from benchmarks.step.cases import PAD, StepCase, as_text, tokenizer
 from benchmarks.timing import peak_extra_bytes_within
 from rsa_lightning.data.tokenize import collate
 from rsa_lightning.losses import PreferenceLoss

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.kernels_exact import Results, defined, differentiate, enough_blocks, truth
-from benchmarks.providers import Missing, Provider
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.exact import Results, defined, differentiate, enough_blocks, truth
+from benchmarks.kernels.providers import Missing, Provider
 
 EPSILON = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
 PART = 2**26  # elements compared at a time: a difference in float64 should not need more room than the gradient

@@ -1,6 +1,6 @@
 """Who is benchmarked: every way of computing a case, each with the reason where it cannot run here.
 
-Names are `implementation-strategy` for the operators of this package; peers stand in `providers_peers.py`.
+Names are `implementation-strategy` for the operators of this package; peers stand in `peers.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from rsa_kernels import Impl, RiskMeasure, linear_token_risk, nested_risk, token_risk, why_not_triton
 
-from benchmarks.cases import DISCOUNT, MODES, RISK_OVER_LOGP, Case, Mode, Spec
-from benchmarks.kernels_exact import NESTED, TOKENS, Named, Objective, named
+from benchmarks.kernels.cases import DISCOUNT, MODES, RISK_OVER_LOGP, Case, Mode, Spec
+from benchmarks.kernels.exact import NESTED, TOKENS, Named, Objective, named
 
 Kind = Literal["ours", "torch", "peer"]
 COPIED = 2**27  # numbers at a time: more than a cache holds, less than a GPU would miss
@@ -60,7 +60,7 @@ Offer = Provider | Missing
 
 def offers(spec: Spec, device: torch.device, dtype: torch.dtype, compiled: bool) -> Iterator[Offer]:
     """All providers of a call."""
-    from benchmarks import providers_peers as peers
+    from benchmarks.kernels import peers
 
     if spec.op == "nested":
         yield from _nested(spec, device)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
 
-from benchmarks.cases import CPU_MAIN, GPU_MAIN, Spec
-from benchmarks.kernels_results import EXTRA, TIME, Record
+from benchmarks.kernels.cases import CPU_MAIN, GPU_MAIN, Spec
+from benchmarks.kernels.results import EXTRA, TIME, Record
 
 GB = 1e9
 BOTH_WAYS = "forward+backward"
