@@ -17,21 +17,23 @@ class Block(NamedTuple):
     """`tile` vocabulary entries are in flight at once and are summed into `lanes` running sums.
 
     `registers` bounds those of a thread, on NVIDIA: unless told, the assembler spills some to fit one more program.
+    The selection of CVaR has `tail_tile` entries in flight, and keeps 2K sums for each of them.
     """
 
     tile: int
     lanes: int
     threads: int
     registers: int | None
+    tail_tile: int = 1024
 
 
 # 8 running sums per thread and accumulator, 16 entries in flight; two programs fit a multiprocessor
 STATISTICS: dict[Kind, Block] = dict.fromkeys(get_args(Kind), Block(4096, 2048, 256, 128))
 STATISTICS["cvar"] = Block(2048, 1024, 256, 128)  # the search that follows needs registers of its own
+CAPPED_CVAR = Block(1024, 1024, 256, 128, tail_tile=512)  # and so does the cap: with larger tiles Triton 3.6 spills
 STATISTICS["small_erm"] = Block(2048, 2048, 256, 128)  # its polynomials are long
 GRADIENT = Block(2048, 2048, 128, None)
-# The selection of CVaR keeps 2K sums per entry of its tile: smaller tiles, or registers spill.
-TAIL_TILE, TAIL_THRESHOLDS = 1024, 8
+TAIL_THRESHOLDS = 8
 
 
 def kind(risk: RiskMeasure | None) -> Kind:
@@ -60,13 +62,13 @@ def statistics_launch(
     """Constants of `statistics_kernel`, pointers that are absent included, and options of its compilation."""
     risk = kind(options.risk)
     assert has_reference or risk == "none", f"{options.risk} compares with a reference"
-    block = STATISTICS[risk]
+    block = CAPPED_CVAR if risk == "cvar" and _is_capped(options) else STATISTICS[risk]
     lanes = min(block.lanes, _power_of_two(vocabulary))
     constants = _shared(options, vocabulary) | {
         "IGNORE_INDEX": options.ignore_index,
         "BLOCK_V": min(block.tile, lanes * _power_of_two(-(-vocabulary // lanes))),
         "LANES": lanes,
-        "TAIL_BLOCK_V": min(TAIL_TILE, max(4, _power_of_two(vocabulary))),  # it sums its lanes four by four
+        "TAIL_BLOCK_V": min(block.tail_tile, max(4, _power_of_two(vocabulary))),  # it sums its lanes four by four
         "K": TAIL_THRESHOLDS,
     }
     absent = {"entropy_ptr": not options.entropy, "ref_logp_ptr": not has_reference, "r_ptr": not has_reference}
@@ -103,9 +105,13 @@ def _shared(options: RowOptions, vocabulary: int) -> dict[str, Any]:
 
 def _compiler(options: RowOptions, block: Block, warp_size: int) -> dict[str, Any]:
     """Forward and backward of CVaR compare x = r − z bitwise, so neither may fuse the products that z and r end in."""
-    plain = options.scale == options.ref_scale == 1.0 and options.softcap is None and options.ref_softcap is None
+    plain = options.scale == options.ref_scale == 1.0 and not _is_capped(options)
     compiler: dict[str, Any] = {"num_warps": block.threads // warp_size, "num_stages": 1, "enable_fp_fusion": plain}
     return compiler | ({} if block.registers is None or warp_size != 32 else {"maxnreg": block.registers})
+
+
+def _is_capped(options: RowOptions) -> bool:
+    return options.softcap is not None or options.ref_softcap is not None
 
 
 def _power_of_two(count: int) -> int:
