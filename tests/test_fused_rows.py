@@ -31,9 +31,9 @@ SUBSETS = [given for given in product([True, False], repeat=3) if any(given)]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     for kind in launch.STATISTICS:
-        monkeypatch.setitem(launch.STATISTICS, kind, Block(TILE, TILE // 2, 256, None))
+        monkeypatch.setitem(launch.STATISTICS, kind, Block(TILE, TILE // 2, 256, None, TILE))
+    monkeypatch.setattr(launch, "CAPPED_CVAR", Block(TILE, TILE, 256, None, TILE // 2))
     monkeypatch.setattr(launch, "GRADIENT", Block(TILE, TILE, 256, None))
-    monkeypatch.setattr(launch, "TAIL_TILE", TILE)
 
 
 def logits(n: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
