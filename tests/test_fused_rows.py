@@ -32,7 +32,7 @@ SUBSETS = [given for given in product([True, False], repeat=3) if any(given)]
 def small_tiles(monkeypatch):
     for kind in launch.STATISTICS:
         monkeypatch.setitem(launch.STATISTICS, kind, Block(TILE, TILE // 2, 256, None, TILE))
-    monkeypatch.setattr(launch, "CAPPED_CVAR", Block(TILE, TILE, 256, None, TILE // 2))
+        monkeypatch.setitem(launch.CAPPED, kind, Block(TILE, TILE, 256, None, TILE // 2))
     monkeypatch.setattr(launch, "GRADIENT", Block(TILE, TILE, 256, None))
 
 

@@ -476,3 +476,11 @@ def test_measure_without_fields_is_refused():
 
     with pytest.raises(ValueError, match="Plain is not a dataclass"):
         encode(Plain())
+
+
+def test_a_second_derivative_is_refused():
+    """The value of ERM is curved, and its weights hold a normaliser that no graph reaches."""
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    [slope] = torch.autograd.grad(ERM(2.0).value(x, torch.full((5,), -math.log(5.0))), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(slope.square().sum(), x)

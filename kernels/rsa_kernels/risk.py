@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -92,8 +92,22 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, log_probs, scalars = ctx.saved_tensors
-        return grad[..., None] * ctx.risk.weights_at(Outcomes.of(x, log_probs), scalars), None, None
+        return grad[..., None] * _Weights.apply(*ctx.saved_tensors, ctx.risk), None, None
+
+
+class _Weights(torch.autograd.Function):
+    """The envelope gradient. It has none itself: the scalars hold no graph, so theirs would be missing from it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_probs: Tensor, scalars: Tensor, risk: "_ClosedForm") -> Tensor:
+        return risk.weights_at(Outcomes.of(x, log_probs), scalars)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "risk measures have first derivatives only, and a gradient of their gradient was asked for: leave out "
+            "create_graph=True, or detach the gradient"
+        )
 
 
 class _ClosedForm(RiskMeasure):

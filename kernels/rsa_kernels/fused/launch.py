@@ -30,10 +30,14 @@ class Block(NamedTuple):
 # 8 running sums per thread and accumulator, 16 entries in flight; two programs fit a multiprocessor
 STATISTICS: dict[Kind, Block] = dict.fromkeys(get_args(Kind), Block(4096, 2048, 256, 128))
 STATISTICS["cvar"] = Block(2048, 1024, 256, 128)  # the search that follows needs registers of its own
-CAPPED_CVAR = Block(1024, 1024, 256, 128, tail_tile=512)  # and so does the cap: with larger tiles Triton 3.6 spills
 STATISTICS["small_erm"] = Block(2048, 2048, 256, 128)  # its polynomials are long
+# A cap takes registers, too: with larger tiles Triton 3.6 spills some.
+CAPPED: dict[Kind, Block] = dict.fromkeys(get_args(Kind), Block(2048, 2048, 256, 128))
+CAPPED["cvar"] = Block(1024, 1024, 256, 128, tail_tile=512)
 GRADIENT = Block(2048, 2048, 128, None)
 TAIL_THRESHOLDS = 8
+# Rows of a vocabulary that is not a multiple of 16 may be read entry by entry: Triton 3.9 holds an address for each.
+ALIGNED, UNALIGNED_TAIL_TILE = 16, 512
 
 
 def kind(risk: RiskMeasure | None) -> Kind:
@@ -62,13 +66,15 @@ def statistics_launch(
     """Constants of `statistics_kernel`, pointers that are absent included, and options of its compilation."""
     risk = kind(options.risk)
     assert has_reference or risk == "none", f"{options.risk} compares with a reference"
-    block = CAPPED_CVAR if risk == "cvar" and _is_capped(options) else STATISTICS[risk]
+    block = (CAPPED if _is_capped(options) else STATISTICS)[risk]
     lanes = min(block.lanes, _power_of_two(vocabulary))
     constants = _shared(options, vocabulary) | {
         "IGNORE_INDEX": options.ignore_index,
         "BLOCK_V": min(block.tile, lanes * _power_of_two(-(-vocabulary // lanes))),
         "LANES": lanes,
-        "TAIL_BLOCK_V": min(block.tail_tile, max(4, _power_of_two(vocabulary))),  # it sums its lanes four by four
+        "TAIL_BLOCK_V": min(
+            _tail_tile(block, vocabulary), max(4, _power_of_two(vocabulary))
+        ),  # lanes are summed by four
         "K": TAIL_THRESHOLDS,
     }
     absent = {"entropy_ptr": not options.entropy, "ref_logp_ptr": not has_reference, "r_ptr": not has_reference}
@@ -108,6 +114,10 @@ def _compiler(options: RowOptions, block: Block, warp_size: int) -> dict[str, An
     plain = options.scale == options.ref_scale == 1.0 and not _is_capped(options)
     compiler: dict[str, Any] = {"num_warps": block.threads // warp_size, "num_stages": 1, "enable_fp_fusion": plain}
     return compiler | ({} if block.registers is None or warp_size != 32 else {"maxnreg": block.registers})
+
+
+def _tail_tile(block: Block, vocabulary: int) -> int:
+    return block.tail_tile if vocabulary % ALIGNED == 0 else min(block.tail_tile, UNALIGNED_TAIL_TILE)
 
 
 def _is_capped(options: RowOptions) -> bool:
