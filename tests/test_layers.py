@@ -26,8 +26,9 @@ ROOMS = {
     "kernels.linear": ("kernels.naive kernels.pairs kernels.loop kernels.workspace", "torch"),
     "kernels.nested": ("kernels.naive kernels.fused.nested", "torch"),
     "kernels.dispatch": ("kernels.risk", "torch"),
+    "kernels.checks": ("kernels.pairs kernels.risk", "torch"),
     "kernels.ops": (
-        "kernels.dispatch kernels.linear kernels.logits kernels.naive kernels.nested kernels.pairs kernels.risk kernels.tree "
+        "kernels.checks kernels.dispatch kernels.linear kernels.logits kernels.naive kernels.nested kernels.risk kernels.tree "
         "kernels.workspace",
         "torch jaxtyping",
     ),

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from rsa_kernels import ERM, KL, CVaR, linear, linear_token_risk, ops
+from rsa_kernels import ERM, KL, CVaR, checks, linear, linear_token_risk
 from test_ops import LEAVES, assert_within_naive_error, evaluate, head
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -319,7 +319,7 @@ def test_a_gradient_that_is_not_finite_breaks_no_promise(strategy):
 def test_a_ratio_is_fp32_whatever_the_default_is():
     torch.set_default_dtype(torch.float64)
     try:
-        assert ops._ratio(0.5, torch.tensor([1, 2]), KL()).dtype == torch.float32
+        assert checks.ratio(0.5, torch.tensor([1, 2]), KL()).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 

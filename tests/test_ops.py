@@ -647,6 +647,58 @@ def test_numpy_numbers_are_numbers(impl):
     assert stats.risk.dtype == torch.float32
 
 
+HEAD_ERRORS = [
+    ({"weight": torch.nn.Linear(4, 6)}, TypeError, "weight is a torch.Tensor, got Linear: pass its weight"),
+    ({"ref_weight": torch.nn.Linear(4, 6)}, TypeError, "ref_weight is a torch.Tensor, got Linear: pass its weight"),
+    ({"hidden": np.zeros((2, 4))}, TypeError, "hidden is a torch.Tensor, got ndarray"),
+    ({"labels": [0, 1]}, TypeError, "labels is a torch.Tensor, got list"),
+    ({"ref_weight": torch.zeros(6, 4, device="meta")}, ValueError, "one device, got hidden on cpu.*ref_weight on meta"),
+    ({"hidden": torch.zeros(2, 4).long()}, ValueError, "dtype of hidden is one of float16, .*, got torch.int64"),
+    ({"ref_hidden": torch.zeros(2, 4).cfloat()}, ValueError, "dtype of ref_hidden is one of .*, got torch.complex64"),
+    ({"weight": torch.zeros(4, 6)}, ValueError, "weight is transposed, nn.Linear keeps it as"),
+    (
+        {"hidden": torch.zeros(1, 2, 4), "labels": torch.zeros(1, 2).long()},
+        ValueError,
+        r"hidden\[mask\] and labels\[mask\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "kind", "message"), HEAD_ERRORS, ids=[m for _, _, m in HEAD_ERRORS])
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_what_is_not_a_head_is_named_with_its_mend(changed, kind, message, impl):
+    states = {name: torch.zeros(2, 4) for name in ("hidden", "ref_hidden")}
+    states |= {name: torch.zeros(6, 4) for name in ("weight", "ref_weight")} | {"labels": torch.tensor([0, 1])}
+    with pytest.raises(kind, match=message):
+        linear_token_risk(**(states | changed), risk=KL(), impl=impl)
+
+
+def test_what_are_not_logits_is_named():
+    z, labels = torch.zeros(2, 5), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match="ref_logits is a torch.Tensor, got NoneType"):
+        token_risk(z, None, labels, None)
+    with pytest.raises(ValueError, match="policy_logits on cpu, ref_logits on meta"):
+        token_risk(z, z.to("meta"), labels, KL())
+    with pytest.raises(ValueError, match="dtype of policy_logits is one of .*, got torch.int64"):
+        token_risk(z.long(), z, labels, KL())
+    with pytest.raises(TypeError, match="cu_seqlens is a torch.Tensor, got list"):
+        nested_risk(z[0], [0, 5])
+    with pytest.raises(ValueError, match=r"lengths become such boundaries with .*pad\(lengths.cumsum"):
+        nested_risk(z[0], torch.tensor([2, 3]))
+
+
+def test_the_definition_knows_the_strategies():
+    """Where it stands in for an operator to find a mistake, it must not hide one."""
+    case = head(4, 6)
+    states = case["hidden"], case["weight"].requires_grad_(), None, None, case["labels"], None
+    with pytest.raises(ValueError, match="strategy is one of"):
+        linear_token_risk(*states, strategy="cached", impl="naive")
+    with pytest.raises(ValueError, match="strategy='frozen' gives no gradient to the head"):
+        linear_token_risk(*states, strategy="frozen", impl="naive")
+    with torch.no_grad():
+        assert linear_token_risk(*states, strategy="frozen", impl="naive").logp.shape == case["labels"].shape
+
+
 def test_mixed_dtypes_are_refused():
     case = head(4, 6)
     with pytest.raises(ValueError, match="share one dtype, got bfloat16, float32"):

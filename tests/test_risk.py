@@ -484,3 +484,8 @@ def test_a_second_derivative_is_refused():
     [slope] = torch.autograd.grad(ERM(2.0).value(x, torch.full((5,), -math.log(5.0))), x, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(slope.square().sum(), x)
+
+
+def test_a_percentage_is_told_from_a_mass():
+    with pytest.raises(ValueError, match=r"got 97: 97 % is 0.97"):
+        CVaR(97)

@@ -45,7 +45,10 @@ def resolve(impl: str, x: Tensor, risk: RiskMeasure | None) -> Literal["naive", 
     reason = why_not_triton(x, risk)
     if impl == "triton":
         if reason is not None:
-            raise RuntimeError(f"{origin}='triton' cannot run here: {reason}. Use impl='auto' or impl='chunked'.")
+            mend = (
+                "Use impl='auto' or impl='chunked'." if origin == "impl" else f"Unset {origin}, or set it to chunked."
+            )
+            raise RuntimeError(f"{origin}='triton' cannot run here: {reason}. {mend}")
         return "triton"
     if reason is None and x.device.type == "cpu":
         reason = "the interpreter is for tests, and runs when it is asked for by name"

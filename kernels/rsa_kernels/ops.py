@@ -1,19 +1,16 @@
 """The public face of the operators: signatures, checks and the choice of an implementation. No arithmetic."""
 
-import sys
-from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rsa_kernels import linear, logits, naive, nested, tree
+from rsa_kernels import checks, linear, logits, naive, nested, tree
 from rsa_kernels.dispatch import Impl, resolve
 from rsa_kernels.naive import NestedRisk, TokenStats
-from rsa_kernels.pairs import RowOptions
-from rsa_kernels.risk import RiskMeasure, number
-from rsa_kernels.workspace import Strategy
+from rsa_kernels.risk import RiskMeasure
+from rsa_kernels.workspace import Strategy, check_strategy
 
 
 def token_risk(
@@ -58,20 +55,26 @@ def token_risk(
         q_v = 0 < p_v.
 
     Raises:
-        ValueError: shapes differ, or (CPU only) a label is outside [0, V); on a GPU such a position becomes nan.
+        ValueError: shapes, dtypes or devices do not fit, an option is out of its range, or (CPU only) a label is
+            outside [0, V); on a GPU such a position becomes nan.
+        TypeError: something is no tensor, or a DTensor, i.e. a shard.
         RuntimeError: `impl` names something that cannot run here; the message says why and what to use instead.
 
     Sources: KL, TDPO (arXiv:2404.11999); CVaR and ERM, Ra-DPO (arXiv:2505.20359) and RSA (arXiv:2512.24263).
     """
+    checks.tensors(policy_logits=policy_logits, ref_logits=ref_logits, labels=labels)
+    checks.floats(policy_logits=policy_logits, ref_logits=ref_logits)
     if not policy_logits.shape[:-1] == ref_logits.shape[:-1] == labels.shape:
         raise ValueError(
             "token_risk wants policy_logits and ref_logits [*n, V] and labels [*n], got "
-            f"{_shape(policy_logits)}, {_shape(ref_logits)} and {_shape(labels)}"
+            f"{checks.shape(policy_logits)}, {checks.shape(ref_logits)} and {checks.shape(labels)}"
         )
     widths = policy_logits.shape[-1], ref_logits.shape[-1]
-    vocabulary = _vocabulary(valid_vocab, widths, f"policy_logits have {widths[0]} columns and ref_logits {widths[1]}")
-    options = _options(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
-    _check(vocabulary, labels, options)
+    vocabulary = checks.vocabulary(
+        valid_vocab, widths, f"policy_logits have {widths[0]} columns and ref_logits {widths[1]}"
+    )
+    options = checks.options(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
+    checks.labels_inside(vocabulary, labels, options)
     implementation = resolve(impl, policy_logits, risk)
     if implementation == "naive":
         real = policy_logits[..., :vocabulary], ref_logits[..., :vocabulary]
@@ -114,7 +117,7 @@ def linear_token_risk(
         strategy: what is kept for backward. "cache": the logits of both models, in their dtypes; "recompute": nothing,
             backward makes the logits again; "frozen", where neither weight nor bias wants a gradient: the gradient of
             `hidden`, made in forward, one tensor [N, H] for each of logp and risk. "auto" takes what costs the fewest
-            matrix products within `workspace_bytes`. The definition (`impl="naive"`) has no strategies.
+            matrix products within `workspace_bytes`. The definition (`impl="naive"`) checks the name only.
         workspace_bytes: bound on what a call holds beside inputs, outputs and gradients: logits, kept or of one chunk
             of rows, and their temporaries; by default 512 MiB on a CPU, of which a chunk takes 64 MiB, and 1 GiB on a
             GPU. A strategy that is named may exceed it, and a chunk has at least one row, which takes 56 bytes per
@@ -123,16 +126,21 @@ def linear_token_risk(
             rows of `hidden` in a chunk, and the fp32 sum of the gradient of bf16 weights.
         risk_over_logp: a promise that the loss's gradients have this ratio, ∂loss/∂risk = risk_over_logp · ∂loss/∂logp,
             at every position, and none by kl unless that is the risk. It saves "frozen" one matrix product and one
-            tensor [N, H]. A broken promise is an error in backward on a CPU, and nan at its positions on a GPU.
+            tensor [N, H]. A broken promise is an error in backward on a CPU, and nan at its positions on a GPU; the
+            definition does not look at it.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, strategy="frozen" is named though the head wants a gradient, or (CPU
-            only) a label is outside [0, V).
-        TypeError: a weight is a DTensor, i.e. a shard of the head.
+        ValueError: shapes, dtypes or devices do not fit, an option is out of its range, strategy="frozen" is named
+            though the head wants a gradient, or (CPU only) a label is outside [0, V).
+        TypeError: something is no tensor, or a DTensor, i.e. a shard.
         RuntimeError: `impl` names something that cannot run here.
     """
-    options = _options(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
-    _check_linear(hidden, weight, bias, labels, "")
+    options = checks.options(risk, scale, ref_scale, softcap, ref_softcap, ignore_index, entropy)
+    optional = {"bias": bias, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    checks.tensors(hidden=hidden, weight=weight, labels=labels, **given)
+    checks.floats(hidden=hidden, weight=weight, **given)
+    checks.model(hidden, weight, bias, labels, "")
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden and ref_weight come together: pass both, or neither to score the policy alone")
     if ref_hidden is None and ref_bias is not None:
@@ -140,20 +148,21 @@ def linear_token_risk(
     if ref_hidden is None and risk is not None:
         raise ValueError(f"risk={risk} compares with a reference: pass ref_hidden and ref_weight, or risk=None")
     if ref_hidden is not None and ref_weight is not None:
-        _check_linear(ref_hidden, ref_weight, ref_bias, labels, "ref_")
+        checks.model(ref_hidden, ref_weight, ref_bias, labels, "ref_")
     widths = (weight.shape[0],) if ref_weight is None else (weight.shape[0], ref_weight.shape[0])
-    vocabulary = _vocabulary(valid_vocab, widths, f"weight has {widths[0]} rows and ref_weight {widths[-1]}")
-    _check(vocabulary, labels, options)
-    ratio = _ratio(risk_over_logp, labels, risk)
-    budget = _budget(workspace_bytes)
+    vocabulary = checks.vocabulary(valid_vocab, widths, f"weight has {widths[0]} rows and ref_weight {widths[-1]}")
+    checks.labels_inside(vocabulary, labels, options)
+    ratio = checks.ratio(risk_over_logp, labels, risk)
+    budget = checks.budget(workspace_bytes)
     implementation = resolve(impl, hidden, risk)
     policy, reference = _autocast(hidden, weight, bias), _autocast(ref_hidden, ref_weight, ref_bias)
-    _check_dtypes(policy, "")
-    _check_dtypes(reference, "ref_")
+    checks.dtypes(policy, "")
+    checks.dtypes(reference, "ref_")
     with torch.autocast(hidden.device.type, enabled=False):
         if implementation != "naive":
             kept: dict[str, Any] = {"strategy": strategy, "workspace_bytes": budget, "risk_over_logp": ratio}
             return linear.linear_token_risk(policy, reference, labels, vocabulary, options, implementation, **kept)
+        check_strategy(strategy, torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in policy[1:]))
         hidden, weight, bias = _columns(policy, vocabulary)
         ref_hidden, ref_weight, ref_bias = _columns(reference, vocabulary)
         others: dict[str, Any] = {"bias": bias, "ref_bias": ref_bias, **options._asdict()}
@@ -175,19 +184,9 @@ def nested_risk(
             rise from 0 to N; on a GPU the kernels give nan to sequences outside of [0, N] and to tokens in none.
         RuntimeError: `impl` names something that cannot run here.
     """
-    if step_risk.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"nested_risk wants step_risk [N] and cu_seqlens [S+1], got {_shape(step_risk)} and {_shape(cu_seqlens)}"
-        )
-    if not step_risk.is_floating_point() or cu_seqlens.is_floating_point():
-        raise ValueError(f"step_risk are floats and cu_seqlens integers, got {step_risk.dtype} and {cu_seqlens.dtype}")
-    discount = number("discount", discount)
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount lies in [0, 1], got {discount}")
-    if _readable(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != step_risk.shape[0] or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens rises from 0 to N = {step_risk.shape[0]}, got {_shorten(bounds)}")
+    checks.tensors(step_risk=step_risk, cu_seqlens=cu_seqlens)
+    checks.boundaries(step_risk, cu_seqlens)
+    discount = checks.discount(discount)
     implementation = resolve(impl, step_risk, None)
     if implementation == "naive":
         return naive.nested_risk(step_risk, cu_seqlens, discount=discount)
@@ -235,141 +234,15 @@ def nested_risk_tree(
     """
     if not isinstance(risk, RiskMeasure):
         raise ValueError(f"risk is a RiskMeasure such as CVaR(tail=0.97), got {risk!r}")
-    if values.ndim != 1 or not values.shape == probs.shape == parents.shape:
-        raise ValueError(
-            "nested_risk_tree wants values, probs and parents [n], got "
-            f"{_shape(values)}, {_shape(probs)} and {_shape(parents)}"
-        )
-    for name, tensor in (("values", values), ("probs", probs)):
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} are float32 or float64, got {tensor.dtype}")
-    if parents.dtype != torch.int64:
-        raise ValueError(f"parents are int64 node numbers, -1 at a root, got {parents.dtype}")
-    discount = number("discount", discount)
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount lies in [0, 1], got {discount}")
-    return tree.nested_risk_tree(values, probs, parents, risk, discount)
-
-
-def _options(
-    risk: Any, scale: Any, ref_scale: Any, softcap: Any, ref_softcap: Any, ignore_index: Any, entropy: Any
-) -> RowOptions:
-    """Checked, and in Python's own types: NumPy's have another repr."""
-    if risk is not None and not isinstance(risk, RiskMeasure):
-        raise ValueError(f"risk is a RiskMeasure such as CVaR(tail=0.97), or None; got {risk!r}")
-    scales = _positive("scale", scale), _positive("ref_scale", ref_scale)
-    caps = (
-        None if softcap is None else _positive("softcap", softcap),
-        None if ref_softcap is None else _positive("ref_softcap", ref_softcap),
-    )
-    if not _is_integer(ignore_index):
-        raise ValueError(f"ignore_index is an integer, got {ignore_index!r}")
-    return RowOptions(risk, *scales, *caps, int(ignore_index), bool(entropy))
-
-
-def _vocabulary(valid_vocab: Any, widths: tuple[int, ...], sizes: str) -> int:
-    """The number of columns that exist in every model."""
-    if valid_vocab is None:
-        if len(set(widths)) > 1:
-            raise ValueError(
-                f"policy and reference share one vocabulary, but {sizes}: where the surplus is padding, pass the "
-                "size of the vocabulary as valid_vocab"
-            )
-        return widths[0]
-    if not _is_integer(valid_vocab) or not 0 < int(valid_vocab) <= min(widths):
-        raise ValueError(
-            f"valid_vocab is an integer from 1 to {min(widths)}, the columns there are, got {valid_vocab!r}"
-        )
-    return int(valid_vocab)
+    checks.tensors(values=values, probs=probs, parents=parents)
+    checks.forest(values, probs, parents)
+    return tree.nested_risk_tree(values, probs, parents, risk, checks.discount(discount))
 
 
 def _columns(model: tuple, vocabulary: int) -> list[Any]:
     """hidden, weight and bias of a model without its padding."""
     hidden, weight, bias = model
     return [hidden, *(None if t is None else t[:vocabulary] for t in (weight, bias))]
-
-
-def _ratio(ratio: Any, labels: Tensor, risk: RiskMeasure | None) -> Tensor | None:
-    """A ratio per position in fp32, without gradient."""
-    if ratio is None:
-        return None
-    if risk is None:
-        raise ValueError("risk_over_logp is about the risk, but risk=None: leave it out")
-    if not isinstance(ratio, Tensor):
-        value = number("risk_over_logp", ratio)
-        return torch.full(labels.shape, value, dtype=torch.float32, device=labels.device)
-    if ratio.shape != labels.shape or not ratio.is_floating_point() or ratio.device != labels.device:
-        raise ValueError(
-            f"risk_over_logp is a number or floats [N] = {_shape(labels)} on {labels.device}, got {ratio.dtype} "
-            f"{_shape(ratio)} on {ratio.device}"
-        )
-    return ratio.detach().float()
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _budget(workspace_bytes: Any) -> int | None:
-    if workspace_bytes is None:
-        return None
-    if not _is_integer(workspace_bytes) or workspace_bytes <= 0:
-        raise ValueError(
-            f"workspace_bytes is a positive integer, a number of bytes, got {workspace_bytes!r}; None is the default "
-            "of the device"
-        )
-    return int(workspace_bytes)
-
-
-def _positive(name: str, value: object) -> float:
-    value = number(name, value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} is a positive number, got {value}")
-    return value
-
-
-def _check(vocabulary: int, labels: Tensor, options: RowOptions) -> None:
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels are int64 token ids, got {labels.dtype}")
-    if not _readable(labels):
-        return
-    outside = (labels != options.ignore_index) & ((labels < 0) | (labels >= vocabulary))
-    if outside.any():
-        position = int(outside.flatten().nonzero()[0])
-        raise ValueError(
-            f"label {int(labels.flatten()[position])} at position {position} is outside the vocabulary [0, "
-            f"{vocabulary}); positions to leave out carry ignore_index = {options.ignore_index}"
-        )
-
-
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, prefix: str) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if _is_dtensor(tensor):
-            raise TypeError(
-                f"{prefix}{name} is a DTensor, a shard of the head: call the operator inside the forward of the module "
-                "that owns the weight, where it is whole (full_tensor() would give silently wrong gradients)"
-            )
-    fits = (
-        hidden.ndim == 2
-        and weight.ndim == 2
-        and hidden.shape[1] == weight.shape[1]
-        and labels.shape == hidden.shape[:1]
-    )
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        bias_shape = "" if bias is None else f", {prefix}bias {_shape(bias)}"
-        raise ValueError(
-            f"linear_token_risk wants {prefix}hidden [N, H], {prefix}weight [V, H], {prefix}bias [V] and labels [N], "
-            f"got {prefix}hidden {_shape(hidden)}, {prefix}weight {_shape(weight)}{bias_shape}, labels {_shape(labels)}"
-        )
-
-
-def _check_dtypes(tensors: tuple[Tensor | None, ...], prefix: str) -> None:
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) > 1:
-        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-        raise ValueError(
-            f"{prefix}hidden, {prefix}weight and {prefix}bias share one dtype, got {names}: cast them, or use autocast"
-        )
 
 
 def _autocast(*tensors: Any) -> tuple:
@@ -379,21 +252,3 @@ def _autocast(*tensors: Any) -> tuple:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def _is_dtensor(tensor: Tensor | None) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without the module there is no DTensor
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without a device sync, and outside of a compiler's trace."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _shorten(numbers: list[int]) -> str:
-    return str(numbers) if len(numbers) <= 8 else f"{str(numbers[:4])[:-1]}, ..., {str(numbers[-3:])[1:]}"

@@ -153,7 +153,8 @@ class CVaR(_ClosedForm):
     def __post_init__(self) -> None:
         tail = number("CVaR tail", self.tail)
         if not 0 < tail <= 1:
-            raise ValueError(f"CVaR tail is a probability mass in (0, 1], got {self.tail}")
+            mend = f": {tail:g} % is {tail / 100:g}" if 1 < tail <= 100 else ""
+            raise ValueError(f"CVaR tail is a probability mass in (0, 1], got {self.tail}{mend}")
         if tail < SMALLEST:
             raise ValueError(f"CVaR tail is at least {SMALLEST}, which is max x already, got {self.tail}")
         object.__setattr__(self, "tail", tail)

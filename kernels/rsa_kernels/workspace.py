@@ -48,6 +48,21 @@ def padded(vocabulary: int) -> int:
     return -(-vocabulary // ALIGNED) * ALIGNED
 
 
+def check_strategy(strategy: str, head_learns: bool) -> None:
+    """Whether there is such a strategy, and it gives every gradient that is wanted.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy is one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+    if strategy == "frozen" and head_learns:
+        raise ValueError(
+            "strategy='frozen' gives no gradient to the head, but its weight or bias requires one: freeze them with "
+            "requires_grad_(False), or use strategy='auto', 'cache' or 'recompute'"
+        )
+
+
 def plan(strategy: Strategy, sizes: Sizes, budget: int | None, pair: RowPair, head_learns: bool, learns: bool) -> Plan:
     """The strategy that fits the budget, or the one that is named, which may exceed it.
 
@@ -58,13 +73,7 @@ def plan(strategy: Strategy, sizes: Sizes, budget: int | None, pair: RowPair, he
     Raises:
         ValueError: there is no such strategy, or "frozen" was named for a head that wants a gradient.
     """
-    if strategy not in get_args(Strategy):
-        raise ValueError(f"strategy is one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-    if strategy == "frozen" and head_learns:
-        raise ValueError(
-            "strategy='frozen' gives no gradient to the head, but its weight or bias requires one: freeze them with "
-            "requires_grad_(False), or use strategy='auto', 'cache' or 'recompute'"
-        )
+    check_strategy(strategy, head_learns)
     if not learns:
         return Plan("nothing", _rows("nothing", sizes, budget, pair))
     chosen = _fitting(sizes, budget, pair, head_learns) if strategy == "auto" else strategy
