@@ -8,12 +8,13 @@
     python -m benchmarks step                         # whole training steps, beside TRL's DPO
 
 Every provider first has to agree with the definition on the benchmark's own inputs; what agrees in a training step is
-said in `step.py`. Disagreement prints by how much and exits 1; what disagrees is not timed.
+said in `step/run.py`. Disagreement prints by how much and exits 1; what disagrees is not timed.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,16 +24,22 @@ from rich.console import Console
 from rich.table import Table
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
 
-from benchmarks.kernels.cases import DTYPES, SUITES, Spec, specs
+from benchmarks.kernels.cases import AXES, DTYPES, SUITES, Spec, specs
+from benchmarks.kernels.providers import floors, offers
+from benchmarks.timing import Refused
 
 MEASURES: dict[str, type[RiskMeasure]] = {"KL": KL, "CVaR": CVaR, "ERM": ERM}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one benchmark; 1 means that something disagrees with the definition."""
+    """Run one benchmark; 1 means that something disagrees with the definition, 2 that nothing could be run."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     commands = {"kernels": _kernels, "figures": _figures, "gpu": _gpu, "aot": _aot, "step": _step}
-    return commands[options.command](options)
+    try:
+        return commands[options.command](options)
+    except Refused as error:
+        print(f"python -m benchmarks {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 def _kernels(options: argparse.Namespace) -> int:
@@ -42,18 +49,21 @@ def _kernels(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    wanted = _wanted(options)
+    _need_work(wanted, options)
     dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     setting = run.Setting(
         device, dtype, options.samples, tuple(options.providers), options.compile or device.type == "cuda"
     )
     results = run.empty_results(device)
+    before = results if options.output is None else report.earlier(options.output, results.environment)
 
     def after_case() -> None:
         print(results.done[-1], file=sys.stderr, flush=True)
         if options.output is not None:  # a run takes long, and may be cut off
-            report.write(results, options.output)
+            report.write(results, options.output, before)
 
-    run.run(_wanted(options), setting, results, after_case)
+    run.run(wanted, setting, results, after_case)
     report.show(results)
     print(json.dumps(results.environment))
     return 1 if results.disagreements else 0
@@ -70,6 +80,22 @@ def _wanted(options: argparse.Namespace) -> list[Spec]:
     return list(dict.fromkeys(found))
 
 
+def _need_work(wanted: list[Spec], options: argparse.Namespace) -> None:
+    """Raises Refused where the arguments leave nothing to measure."""
+    if not wanted:
+        suites = SUITES if options.suite == "all" else (options.suite,)
+        known = [spec for suite in suites for spec in specs(suite, options.device.split(":")[0], options.quick)]
+        risks = ", ".join(sorted({str(spec.risk) for spec in known if spec.op != "nested"})) or "none"
+        shapes = " and ".join(sorted({" x ".join(AXES[spec.op]) for spec in known}))
+        raise Refused(f"no case of --suite {options.suite} is left: its risks are {risks}, its shapes {shapes}")
+    dtype = DTYPES[options.dtype or "float32"]
+    device = torch.device(options.device)
+    names = {offer.name for spec in wanted for offer in (*offers(spec, device, dtype, True), *floors(spec))}
+    for name in options.providers:
+        if not any(known == name or known.startswith(f"{name}-") for known in names):
+            raise Refused(f"--providers {name}: there are {', '.join(sorted(names))}, or how these begin")
+
+
 def _figures(options: argparse.Namespace) -> int:
     from benchmarks import figures  # it brings matplotlib
 
@@ -78,20 +104,16 @@ def _figures(options: argparse.Namespace) -> int:
 
 
 def _gpu(options: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        print("python -m benchmarks gpu: torch sees no CUDA device, and a CPU can tell none of it", file=sys.stderr)
-        return 2
     from benchmarks.gpu import pieces, queue
 
     every = pieces.PIECES
-    if options.piece is None:
-        return queue.run_all(options.output, every)
-    try:
-        piece = queue.find(options.piece, every)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return queue.run_one(options.output, piece, every)
+    piece = None if options.piece is None else queue.find(options.piece, every)
+    if not torch.cuda.is_available():
+        raise Refused(
+            f"torch {torch.__version__} sees no CUDA device, and a CPU can tell none of it: run it on a machine with a "
+            "GPU and a torch built for it; python -m benchmarks aot compiles the kernels without one"
+        )
+    return queue.run_all(options.output, every) if piece is None else queue.run_one(options.output, piece, every)
 
 
 def _aot(options: argparse.Namespace) -> int:
@@ -127,7 +149,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     figures = commands.add_parser("figures", help="pictures, goals and what is still to be measured, of result files")
     figures.add_argument("folder", type=_folder)
     gpu = commands.add_parser("gpu", help="everything that only a GPU can tell, in pieces of at most 9 minutes")
-    gpu.add_argument("--piece", help="number or name of the only piece to run")
+    gpu.add_argument("--piece", help="number or name of the only piece to run: agreement, steps, linear, heads, ...")
     gpu.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result files")
     aot = commands.add_parser("aot", help="the kernels compiled ahead of time: registers, spills, bytes")
     if arguments[:1] == ["aot"]:
@@ -138,8 +160,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if getattr(options, "samples", 1) < 1:
         parser.error(f"--samples is at least 1, got {options.samples}")
-    if str(getattr(options, "device", "cpu")).startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; use --device cpu")
+    device = str(getattr(options, "device", "cpu"))
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        parser.error(f"--device is cpu, cuda or cuda:N, got {device}")
+    if device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {device}: torch sees no GPU; use --device cpu")
+    if getattr(options, "threads", None) is not None and options.threads < 1:
+        parser.error(f"--threads is at least 1, got {options.threads}")
+    output = getattr(options, "output", None)
+    if output is not None:
+        _writable(parser, output, is_folder=options.command in ("kernels", "gpu"))
     if options.command == "step" and options.trl and importlib.util.find_spec("trl") is None:
         parser.error(
             "step compares with trl, which is not installed: pip install -c constraints.txt trl (it is in the extra "
@@ -160,9 +190,15 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--risks", type=_risk, nargs="+", default=[], metavar="RISK", help="KL, CVaR(0.97), ERM(5), None"
     )
-    parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="their names, or how these begin")
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="naive, chunked-cache, ..., or how names begin: chunked",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile of the definition on a CPU, too")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write JSON and CSV there")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write JSON and CSV there; other cases in them stay")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
@@ -177,9 +213,22 @@ def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:
 
 
 def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    if not any(Path(text).glob("*.json")):
+        raise argparse.ArgumentTypeError(f"there is no folder {text} with results (*.json), such as benchmarks/results")
     return Path(text)
+
+
+def _writable(parser: argparse.ArgumentParser, output: Path, is_folder: bool) -> None:
+    """Before hours of measuring: the folder of the output is there, or can be made."""
+    folder = output if is_folder else output.parent
+    if not is_folder and output.is_dir():
+        parser.error(f"--output {output} is a folder, and one file is written: name the file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {output}: {error.strerror}: {folder}; choose a folder that can be written")
+    if not os.access(folder, os.W_OK):
+        parser.error(f"--output {output}: nothing can be written in {folder}; choose another folder")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -196,7 +245,10 @@ def _risk(text: str) -> str:
         return text
     if found is None:
         raise argparse.ArgumentTypeError(f"a risk is KL, CVaR(tail), ERM(mu) or None, got {text}")
-    return str(MEASURES[found[1]](*([float(found[2])] if found[2] else [])))
+    try:
+        return str(MEASURES[found[1]](*([float(found[2])] if found[2] else [])))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no risk: {error}") from error
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ class Quantiles(NamedTuple):
     high: float
 
 
+class Refused(ValueError):
+    """What was asked for cannot be run: the message is for the user, who gets no traceback."""
+
+
 def interleave(methods: dict[str, Callable[[], Any]], samples: int, device: torch.device) -> dict[str, list[float]]:
     """Milliseconds of the methods in turn, sample by sample, so that a busy moment of the machine hits all of them."""
     measure = _gpu_clock(device) if device.type == "cuda" else _cpu_clock

@@ -413,7 +413,7 @@ def test_a_failure_is_an_exit_status_and_says_which_compiler(monkeypatch, tmp_pa
             f"Name: triton\nVersion: {version}\n"
         )
     results = {"3.6.0": {"failures": []}, "3.9.0": {"failures": ["it spills"]}}
-    monkeypatch.setattr(aot, "_apart", lambda options, folder: results[folder.name.removeprefix("aot-")])
+    monkeypatch.setattr(command, "_apart", lambda options, folder: results[folder.name.removeprefix("aot-")])
     arguments = ["--venvs", str(tmp_path), "--triton", "3.6.0"]
     assert command.main(options(*arguments)) == 0
     assert command.main(options(*arguments, "--triton", "3.9.0")) == 1

@@ -87,6 +87,60 @@ def test_the_csv_holds_the_records_of_the_json(tmp_path):
     assert len(csv) == 2 + len(run["records"])
 
 
+def test_a_run_adds_to_the_file_and_replaces_its_own_cases(tmp_path):
+    """Hours of measuring must survive a short run into the same folder."""
+    both, one = ("KL", "CVaR(0.97)"), ("KL",)
+    arguments = ("--suite", "logits", "--providers", "naive", "--output", str(tmp_path), "--risks")
+    assert quick(*arguments, *both) == 0
+    [file] = tmp_path.glob("*.json")
+    before = json.loads(file.read_text())
+    assert quick(*arguments, *one) == 0
+    after = json.loads(file.read_text())
+    assert sorted(after["done"]) == sorted(before["done"])
+    assert [r for r in after["records"] if "CVaR" in r["risk"]] == [r for r in before["records"] if "CVaR" in r["risk"]]
+    assert len(after["records"]) == len(before["records"])
+    assert len(after["missing"]) == len(before["missing"])
+    times = [
+        [r["q50"] for r in run["records"] if r["risk"] == "KL()" and r["metric"] == TIME] for run in (before, after)
+    ]
+    assert times[0] != times[1]
+
+
+@pytest.mark.parametrize("name", ["sources", "torch", "device"])
+def test_another_environment_does_not_replace_a_file(name, tmp_path, capsys):
+    arguments = ("--suite", "logits", "--risks", "KL", "--providers", "naive", "--output", str(tmp_path))
+    assert quick(*arguments) == 0
+    [file] = tmp_path.glob("*.json")
+    content = json.loads(file.read_text())
+    content["environment"][name] = "another"
+    file.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert quick(*arguments) == 2
+    assert f"was measured with other {name}" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == content
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("{", "is no JSON"), ("[1]", "holds no results")])
+def test_a_file_that_is_no_result_is_named(text, sentence, tmp_path, capsys):
+    (tmp_path / "other.json").write_text(text)
+    assert command.main(["figures", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'other.json'} {sentence}" in capsys.readouterr().err
+    assert not (tmp_path / "PENDING.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--suite", "linear", "--shapes", "10x10"], "no case of --suite linear is left: its risks are"),
+        (["--suite", "logits", "--risks", "CVaR(0.5)"], "no case of --suite logits is left"),
+        (["--suite", "logits", "--providers", "naive", "chunky"], "--providers chunky: there are chunked, "),
+    ],
+)
+def test_nothing_to_do_is_an_error(arguments, sentence, capsys):
+    assert quick(*arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_shapes_risks_and_providers_are_chosen(tmp_path):
     arguments = [
         "--suite",
@@ -114,7 +168,14 @@ def test_shapes_risks_and_providers_are_chosen(tmp_path):
     [
         (["--shapes", "8by8"], "a shape is two or three sizes such as 1024x512x32000, got 8by8"),
         (["--risks", "VaR"], "a risk is KL, CVaR(tail), ERM(mu) or None, got VaR"),
+        (
+            ["--risks", "CVaR(97)"],
+            "CVaR(97) is no risk: CVaR tail is a probability mass in (0, 1], got 97.0: 97 % is 0.97",
+        ),
         (["--samples", "0"], "--samples is at least 1, got 0"),
+        (["--threads", "0"], "--threads is at least 1, got 0"),
+        (["--device", "tpu"], "--device is cpu, cuda or cuda:N, got tpu"),
+        (["--output", "/proc/x"], "--output /proc/x: No such file or directory: /proc/x; choose a folder"),
     ],
 )
 def test_arguments_that_mean_nothing_are_errors(arguments, sentence, capsys):
@@ -126,7 +187,7 @@ def test_arguments_that_mean_nothing_are_errors(arguments, sentence, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_gpu_run_says_so(capsys, tmp_path):
     assert command.main(["gpu", "--output", str(tmp_path)]) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
+    assert "sees no CUDA device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -186,7 +186,7 @@ def test_arrows(name):
 
 # folder or file of benchmarks/ -> what else of it may be imported
 BENCHMARKS = {
-    "__main__": {"kernels", "figures", "gpu", "aot", "step"},
+    "__main__": {"kernels", "figures", "gpu", "aot", "step", "timing"},
     "timing": set(),
     "kernels": {"timing"},
     "aot": {"timing"},

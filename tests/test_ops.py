@@ -18,6 +18,7 @@ from rsa_kernels import (
     linear,
     linear_token_risk,
     logits,
+    nested_risk,
     rows,
     token_risk,
 )

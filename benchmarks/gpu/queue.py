@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.kernels.results import read_runs, write_csv, write_json
-from benchmarks.timing import ROOT, sources
+from benchmarks.timing import ROOT, Refused, sources
 
 PIECE_S = 9 * 60  # of a process: a lease of a GPU may end after ten minutes
 LAST_START_S = 8 * 60  # nothing is begun that would end later
@@ -38,12 +38,12 @@ def find(name: str, pieces: Sequence[Piece]) -> Piece:
     """A piece by its number or name.
 
     Raises:
-        ValueError: there is none of that name.
+        Refused: there is none of that name.
     """
     for number, piece in enumerate(pieces):
         if name in (str(number), piece.name):
             return piece
-    raise ValueError(f"--piece is one of {', '.join(f'{i} ({p.name})' for i, p in enumerate(pieces))}, got {name}")
+    raise Refused(f"--piece is one of {', '.join(f'{i} ({p.name})' for i, p in enumerate(pieces))}, got {name}")
 
 
 def run_all(output: Path, pieces: Sequence[Piece]) -> int:

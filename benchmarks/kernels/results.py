@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.kernels.agreement import Error
 from benchmarks.kernels.cases import AXES, Case, Mode, Spec
 from benchmarks.kernels.providers import Missing
-from benchmarks.timing import Quantiles
+from benchmarks.timing import Quantiles, Refused
 
 Record = dict[str, Any]
 
@@ -41,6 +41,12 @@ def case_columns(spec: Spec, dtype: str, threads: int) -> Record:
         "dtype": dtype,
         "threads": threads,
     }
+
+
+def case_name(record: Record) -> str:
+    """The case that a record is about, as `str` of its `Spec`."""
+    head = record["head"] and f"{record['head']} head"
+    return " ".join(word for word in (record["op"], record["shape"], record["risk"], head) if word)
 
 
 def time_record(
@@ -109,9 +115,28 @@ def write_csv(file: Path, runs: Iterable[dict[str, Any]]) -> None:
             writer.writerows(run["records"])
 
 
+def read_run(file: Path) -> dict[str, Any]:
+    """One file of results.
+
+    Raises:
+        Refused: it holds something else.
+    """
+    try:
+        run = json.loads(file.read_text())
+    except ValueError as error:
+        raise Refused(f"{file} is no JSON ({error}): remove it, or restore it") from error
+    if not isinstance(run, dict) or not run.keys() & {"environment", "op"}:
+        raise Refused(f"{file} holds no results of these benchmarks: move it elsewhere")
+    return run
+
+
 def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """Every file with records in a folder, in the order of their names."""
-    runs = [json.loads(file.read_text()) | {"file": file.name} for file in sorted(folder.glob("*.json"))]
+    """Every file with records in a folder, in the order of their names.
+
+    Raises:
+        Refused: a file cannot be read, or is not one of results.
+    """
+    runs = [read_run(file) | {"file": file.name} for file in sorted(folder.glob("*.json"))]
     return [run for run in runs if "records" in run]
 
 
