@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks.kernels.goals import goals_table, verdicts
 from benchmarks.kernels.results import EXTRA, TIME, Record, index, lookup, read_runs
 from benchmarks.pending import pending
+from benchmarks.timing import Quantiles, sources
 
 BOTH_WAYS = "forward+backward"
 DPI = 120
@@ -45,7 +46,7 @@ PROVIDERS = (
 )
 
 Device = tuple[str, int | str]
-Value = Callable[[dict[tuple, Record], Record], float | None]
+Value = Callable[[dict[tuple, Record], Record], Quantiles | None]
 
 
 def draw(folder: Path) -> None:
@@ -54,16 +55,29 @@ def draw(folder: Path) -> None:
     devices = by_device(runs)
     panels = {device: (records, largest_case(records)) for device, records in devices.items() if largest_case(records)}
     bars = {
-        "time": ("milliseconds, forward and backward", _time, True),
-        "memory": ("extra peak memory, MiB", _memory, True),
-        "share_of_floor": ("share of the bare matrix products, %", _share("gemms"), False),
+        "time": ("milliseconds", _time),
+        "memory": ("extra peak memory, MiB", _memory),
+        "share_of_floor": ("% of the speed of bare matrix products", _share("gemms")),
     }
-    for name, (label, value, logarithmic) in bars.items():
-        _bars(folder / f"kernels_{name}.png", panels, label, value, logarithmic)
-    _bars(folder / "kernels_share_of_copy.png", _rows(devices), "share of the bandwidth of a copy, %", _share("copy"))
+    for name, (label, value) in bars.items():
+        _bars(folder / f"kernels_{name}.png", panels, label, value)
+    _bars(folder / "kernels_share_of_copy.png", _rows(devices), "% of the speed of a copy", _share("copy"))
     _growth(folder / "kernels_growth.png", devices)
     (folder / "PENDING.md").write_text(pending(folder))
-    Console(width=160).print(goals_table(verdicts(runs)))
+    _say(folder, runs)
+
+
+def _say(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """Goals that were measured, how many were not, what of it other kernels measured, and what was written."""
+    console = Console(width=160)
+    found = verdicts(runs)
+    measured = [verdict for verdict in found if verdict.measured is not None]
+    console.print(goals_table(measured))
+    console.print(f"not measured: {len(found) - len(measured)} more goals, {folder / 'PENDING.md'} says how")
+    for run in runs:
+        if run["environment"].get("sources") != sources():
+            console.print(f"{run['file']} was measured with other kernels than those here")
+    console.print(f"written: PENDING.md and {', '.join(sorted(file.name for file in folder.glob('kernels_*.png')))}")
 
 
 def by_device(runs: Iterable[dict[str, Any]]) -> dict[Device, list[Record]]:
@@ -103,19 +117,19 @@ def _title(device: Device, shape: str) -> str:
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def _time(found: dict[tuple, Record], record: Record) -> float | None:
-    return record["q50"]
+def _time(found: dict[tuple, Record], record: Record) -> Quantiles | None:
+    return Quantiles(record["q50"], record["q20"], record["q80"])
 
 
-def _memory(found: dict[tuple, Record], record: Record) -> float | None:
+def _memory(found: dict[tuple, Record], record: Record) -> Quantiles | None:
     extra = lookup(found, record, metric=EXTRA)
-    return None if extra is None else extra["q50"] / 2**20
+    return None if extra is None else Quantiles(*[extra["q50"] / 2**20] * 3)  # the same every time
 
 
 def _share(floor: str) -> Value:
-    def value(found: dict[tuple, Record], record: Record) -> float | None:
+    def value(found: dict[tuple, Record], record: Record) -> Quantiles | None:
         relative = lookup(found, record, relative_to=floor)
-        return None if relative is None else 100 / relative["q50"]
+        return None if relative is None else Quantiles(*(100 / relative[name] for name in ("q50", "q80", "q20")))
 
     return value
 
@@ -128,36 +142,36 @@ def _bars(
     panels: dict[Device, tuple[list[Record], dict[str, Any]]],
     label: str,
     value: Value,
-    logarithmic: bool = False,
 ) -> None:
     if not panels:
         return
     figure, axes = plt.subplots(len(panels), 1, figsize=(PANEL[0], PANEL[1] * len(panels)), squeeze=False)
     for axis, (device, (records, case)) in zip(axes[:, 0], panels.items(), strict=True):
         _bar_panel(axis, records, case, value)
-        axis.set(title=_title(device, case["shape"]), ylabel=label, yscale="log" if logarithmic else "linear")
+        dtype = next(record["dtype"] for record in records if record.items() >= case.items())
+        axis.set(title=f"{_title(device, case['shape'])}, {dtype}, forward and backward", ylabel=label)
     figure.tight_layout()
     figure.savefig(file, dpi=DPI)
     plt.close(figure)
 
 
 def _bar_panel(axis: Axes, records: list[Record], case: dict[str, Any], value: Value) -> None:
-    """Groups of bars by risk; whiskers from the 20 to the 80 % quantile where the value is a time."""
+    """Groups of bars by risk, a line through each from the 20 to the 80 % quantile."""
     chosen = [r for r in records if r.items() >= case.items() and r["mode"] == BOTH_WAYS and r["metric"] == TIME]
     chosen = [record for record in chosen if not record["relative_to"]]
     found = index(records)
     risks, providers = (list(dict.fromkeys(r[name] for r in chosen)) for name in ("risk", "provider"))
     width = 0.85 / max(1, len(providers))
     for place, provider in enumerate(providers):
-        bars = [(risks.index(r["risk"]), value(found, r), r) for r in chosen if r["provider"] == provider]
-        bars = [bar for bar in bars if bar[1] is not None]
-        if not bars:
+        bars = [(risks.index(r["risk"]), value(found, r)) for r in chosen if r["provider"] == provider]
+        known = [(group + (place - len(providers) / 2 + 0.5) * width, q) for group, q in bars if q is not None]
+        if not known:
             continue
-        at = [group + (place - len(providers) / 2 + 0.5) * width for group, _, _ in bars]
-        whiskers = [[r["q50"] - r["q20"] for *_, r in bars], [r["q80"] - r["q50"] for *_, r in bars]]
-        heights = [height for _, height, _ in bars]
-        error = whiskers if value is _time else None
-        axis.bar(at, heights, width, label=provider, color=_color(provider), yerr=error)  # type: ignore[arg-type]
+        at = [x for x, _ in known]
+        drawn = axis.bar(at, [q.median for _, q in known], width, label=provider, color=_color(provider))
+        axis.bar_label(drawn, fmt="{:,.3g}", fontsize=6, rotation=90, padding=4)
+        axis.vlines(at, [q.low for _, q in known], [q.high for _, q in known], color="black", linewidth=0.8)
+    axis.margins(y=0.15)
     axis.set_xticks(range(len(risks)), risks)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.grid(axis="y", alpha=0.3)

@@ -10,8 +10,9 @@ from benchmarks.kernels.results import read_runs
 HEADER = """# Not measured yet
 
 Written by `python -m benchmarks figures FOLDER` from the result files beside it; nothing here is estimated. Goals that
-were measured stand in these files, with the verdict. A GPU run needs a machine of its own and no network; packages that
-are missing there are named in its files (`liger-kernel` for two of the peers).
+were measured stand in these files under "goals", with the verdict. A GPU run needs a machine of its own and no network;
+packages that are missing there are named in its files (`liger-kernel` for two of the peers). Commands are run from the
+root of the repository, in an environment that has the packages (`make install` makes one in `.venv`).
 """
 
 

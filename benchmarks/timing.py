@@ -186,7 +186,7 @@ def _processor() -> str:
 def _commit() -> str | None:
     """The short commit, with + where tracked files differ from it; None outside of a repository."""
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
     return None if commit is None else commit + ("+" if changed else "")
 
 

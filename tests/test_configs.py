@@ -97,6 +97,15 @@ def test_the_commands_of_the_documents_exist(document):
         assert (ROOT / path).exists(), path
 
 
+def test_the_python_of_the_readme_runs():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    names: dict = {}
+    exec(blocks[0], names)
+    assert names["total"].shape == (2,)
+    assert names["weight"].grad.abs().sum() > 0
+
+
 def test_the_two_commands_of_the_readme_are_those_of_ci():
     text = (ROOT / "README.md").read_text()
     assert "make quickstart" in text

@@ -193,7 +193,7 @@ BENCHMARKS = {
     "step": {"timing"},
     "gpu": {"kernels", "timing"},
     "pending": {"kernels", "gpu"},
-    "figures": {"kernels", "pending"},
+    "figures": {"kernels", "pending", "timing"},
 }
 
 

@@ -1,1 +1,1 @@
-"""The kernels compiled for GPUs that are not here, held to a budget of registers, bytes and exponentials."""
+"""The kernels compiled for GPUs that are not here, held to a budget of bytes and exponentials, without spills."""
