@@ -169,12 +169,16 @@ def _bar_panel(axis: Axes, records: list[Record], case: dict[str, Any], value: V
             continue
         at = [x for x, _ in known]
         drawn = axis.bar(at, [q.median for _, q in known], width, label=provider, color=_color(provider))
-        axis.bar_label(drawn, fmt="{:,.3g}", fontsize=6, rotation=90, padding=4)
+        axis.bar_label(drawn, fmt=_digits, fontsize=6, rotation=90, padding=4)
         axis.vlines(at, [q.low for _, q in known], [q.high for _, q in known], color="black", linewidth=0.8)
     axis.margins(y=0.15)
     axis.set_xticks(range(len(risks)), risks)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.grid(axis="y", alpha=0.3)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _color(provider: str) -> Any:
@@ -216,7 +220,7 @@ def _growth(file: Path, devices: dict[Device, list[Record]]) -> None:
                 axis.plot(x, y, marker="o", label=provider, color=_color(provider))
                 axis.set_xticks(x, map(str, x))
             axis.set(xlabel=along, ylabel=f"{metric.replace('_', ' ')}, {label}", title=_title(device, "KL"))
-            axis.set(yscale="log")
+            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     figure.tight_layout()

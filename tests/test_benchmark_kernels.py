@@ -13,6 +13,7 @@ from rsa_kernels import ERM, KL, CVaR, naive
 from benchmarks import __main__ as command
 from benchmarks import figures, pending, timing
 from benchmarks.gpu import pieces as gpu_pieces
+from benchmarks.kernels import agreement as agreement_rule
 from benchmarks.kernels import exact, goals, peers, providers, run
 from benchmarks.kernels.agreement import EPSILON, check
 from benchmarks.kernels.cases import GPU_MAIN, SUITES, Case, Spec, make, specs
@@ -245,6 +246,16 @@ def test_out_of_memory_is_a_reason_for_anybody():
     found = agreement("ours", failing(torch.OutOfMemoryError("CUDA out of memory")))
     assert found.missing == [providers.Missing("it", "out of memory")]
     assert found.disagreements == []
+
+
+def test_rounding_of_sums_over_responses_is_of_their_size():
+    """One token counts as 1; of 300 nats summed the loss sees a tenth, β."""
+    values = {"loss": torch.tensor(0.7), "chosen_logps": torch.tensor([-300.0]), "rejected_logps": torch.tensor([-2.0])}
+    whole = exact.Results(values, {}, 1.0)
+    names = ("chosen_logps", "rejected_logps", "loss", "gradient of weight")
+    assert [agreement_rule.magnitude(name, whole) for name in names] == pytest.approx([300, 300, 30, 30])
+    rows = exact.Results({"logp": torch.tensor([-300.0])}, {}, 1.0)
+    assert agreement_rule.magnitude("logp", rows) == agreement_rule.magnitude("gradient of weight", rows) == 1
 
 
 def test_nan_disagrees():

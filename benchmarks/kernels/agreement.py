@@ -3,7 +3,7 @@
 A provider may be twice as far from the float64 truth as plain torch in the same dtype that adds up in the same order,
 plus a little: 1e-6 in fp32 and 1e-4 in bf16, gradients in units of the largest upstream gradient. From hidden states in
 bf16 most of that is the rounding of logits, which everybody shares; what rows compute is held tightly where logits are
-the inputs.
+the inputs. Log-probabilities of whole responses are sums of thousands of nats, and the little is of their size.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import Case
-from benchmarks.kernels.exact import Results, defined, differentiate, enough_blocks, truth
+from benchmarks.kernels.exact import BETA, OF_RESPONSES, Results, defined, differentiate, enough_blocks, truth
 from benchmarks.kernels.providers import Missing, Provider
 
 EPSILON = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
@@ -81,7 +81,8 @@ def _check_one(
         return
     results = Results({k: t.detach() for k, t in values.items()}, gradients, 1.0)
     errors = [
-        Error(provider.name, name, size, 2 * near[name] + epsilon) for name, size in distances(results, exact).items()
+        Error(provider.name, name, size, 2 * near[name] + epsilon * magnitude(name, exact))
+        for name, size in distances(results, exact).items()
     ]
     found.errors.extend(errors)
     wrong = [error for error in errors if not error.agrees]
@@ -90,6 +91,13 @@ def _check_one(
     found.disagreements.extend(
         f"{case.spec}: {e.provider} {e.name} is off by {e.size:.2e}, allowed are {e.allowed:.2e}" for e in wrong
     )
+
+
+def magnitude(name: str, exact: Results) -> float:
+    """What rounding is relative to: 1, but for sums over responses their size, and for the loss of these and its
+    gradients, where such an error arrives times β, β times that."""
+    sums = [exact.values[name].abs().max().item() for name in OF_RESPONSES if name in exact.values]
+    return max([1.0, *sums] if name in OF_RESPONSES else [1.0, *(BETA * size for size in sums)])
 
 
 def _plain(case: Case, provider: Provider) -> Results:

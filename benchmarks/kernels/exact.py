@@ -21,6 +21,7 @@ Named = dict[str, Tensor]
 BLOCK_BYTES = {"cpu": 1e9, "cuda": 4e9}
 TENSORS = 14  # of a block's logits in the dtype of the sums, held at once by the definition and its gradient
 BETA = 0.1  # of DPO
+OF_RESPONSES = ("chosen_logps", "rejected_logps")  # sums over their tokens
 TOKENS_OF_A_RESPONSE = 512
 
 
@@ -60,7 +61,7 @@ def preference_terms(rows: Named) -> Named:
     logp, ref_logp = (rows[name].reshape(count, -1).sum(-1) for name in ("logp", "ref_logp"))
     chosen, rejected = (logp - ref_logp).chunk(2)
     loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
-    return {"loss": loss, "chosen_logps": logp.chunk(2)[0], "rejected_logps": logp.chunk(2)[1]}
+    return {"loss": loss, **dict(zip(OF_RESPONSES, logp.chunk(2), strict=True))}
 
 
 def jensen_shannon(z: Tensor, r: Tensor) -> Tensor:
