@@ -90,7 +90,7 @@ def test_our_methods_agree_and_are_timed(capsys, tmp_path):
     file = tmp_path / "step.json"
     assert command.main(["step", "--quick", "--no-trl", "--samples", "2", "--output", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "TRL: left out (--no-trl)" in printed
+    assert "agree with the definition (TRL left out)" in printed
     assert printed.splitlines()[-1] == file.read_text().strip()
     results = json.loads(file.read_text())
     assert [row["method"] for row in results["results"]] == ["DPO", "TDPO (KL)", "RSA (CVaR 0.97)"]

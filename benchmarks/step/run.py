@@ -115,18 +115,20 @@ def _row(
 
 
 def table(rows: list[dict[str, Any]], with_trl: bool) -> Table:
-    peers = "losses agree with TRL's and with the definition" if with_trl else "TRL: left out (--no-trl)"
+    agreeing = "TRL's and with the definition" if with_trl else "the definition (TRL left out)"
     result = Table(
-        title=f"training step: {peers}; medians of interleaved steps",
+        title=f"training step: losses agree with {agreeing}; medians of interleaved steps",
         caption="peak: most bytes of tensors made in a step and alive at once; precomputed: reference pass untimed",
     )
     for name in ("case", "method"):
         result.add_column(name)
-    for name in COLUMNS:
-        result.add_column(name, justify="right")
+    shown = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    for name, heading in zip(list(rows[0])[2:], COLUMNS, strict=True):
+        if name in shown:
+            result.add_column(heading, justify="right")
     for row, following in zip(rows, [*rows[1:], None], strict=False):
         last = following is None or following["case"] != row["case"]
-        result.add_row(*("–" if cell is None else str(cell) for cell in row.values()), end_section=last)
+        result.add_row(*("–" if row[name] is None else str(row[name]) for name in shown), end_section=last)
     return result
 
 
