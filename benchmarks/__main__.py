@@ -25,7 +25,7 @@ from rich.table import Table
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
 
 from benchmarks.kernels.cases import AXES, DTYPES, SUITES, Spec, specs
-from benchmarks.kernels.providers import floors, offers
+from benchmarks.kernels.providers import chosen, floors, offers
 from benchmarks.timing import Refused
 
 MEASURES: dict[str, type[RiskMeasure]] = {"KL": KL, "CVaR": CVaR, "ERM": ERM}
@@ -71,8 +71,7 @@ def _kernels(options: argparse.Namespace) -> int:
 
 def _wanted(options: argparse.Namespace) -> list[Spec]:
     """The cases of the suites, with other shapes and risk measures where these are given."""
-    suites = SUITES if options.suite == "all" else (options.suite,)
-    found = [spec for suite in suites for spec in specs(suite, options.device.split(":")[0], options.quick)]
+    found = _known(options)
     if options.shapes:
         found = [s._replace(shape=shape) for s in found for shape in options.shapes if len(shape) == len(s.shape)]
     if options.risks:
@@ -80,20 +79,25 @@ def _wanted(options: argparse.Namespace) -> list[Spec]:
     return list(dict.fromkeys(found))
 
 
+def _known(options: argparse.Namespace) -> list[Spec]:
+    suites = SUITES if options.suite == "all" else (options.suite,)
+    return [spec for suite in suites for spec in specs(suite, options.device.split(":")[0], options.quick)]
+
+
 def _need_work(wanted: list[Spec], options: argparse.Namespace) -> None:
     """Raises Refused where the arguments leave nothing to measure."""
     if not wanted:
-        suites = SUITES if options.suite == "all" else (options.suite,)
-        known = [spec for suite in suites for spec in specs(suite, options.device.split(":")[0], options.quick)]
+        known = _known(options)
         risks = ", ".join(sorted({str(spec.risk) for spec in known if spec.op != "nested"})) or "none"
         shapes = " and ".join(sorted({" x ".join(AXES[spec.op]) for spec in known}))
         raise Refused(f"no case of --suite {options.suite} is left: its risks are {risks}, its shapes {shapes}")
     dtype = DTYPES[options.dtype or "float32"]
     device = torch.device(options.device)
-    names = {offer.name for spec in wanted for offer in (*offers(spec, device, dtype, True), *floors(spec))}
+    there = [offer for spec in wanted for offer in (*offers(spec, device, dtype, True), *floors(spec))]
     for name in options.providers:
-        if not any(known == name or known.startswith(f"{name}-") for known in names):
-            raise Refused(f"--providers {name}: there are {', '.join(sorted(names))}, or how these begin")
+        if not any(chosen(offer, (name,)) for offer in there):
+            names = ", ".join(sorted({offer.name for offer in there}))
+            raise Refused(f"--providers {name}: there are {names}, or how these begin")
 
 
 def _figures(options: argparse.Namespace) -> int:

@@ -53,8 +53,12 @@ class Spec(NamedTuple):
         return " ".join(f"{name}={count}" for name, count in zip(AXES[self.op], self.shape, strict=True))
 
     def __str__(self) -> str:
-        words = (self.op, self.size, "" if self.op == "nested" else str(self.risk), self.head and f"{self.head} head")
-        return " ".join(word for word in words if word)
+        return title(self.op, self.size, "" if self.op == "nested" else str(self.risk), self.head)
+
+
+def title(op: str, size: str, risk: str, head: str) -> str:
+    """What a case is called, wherever one is; words that are empty are left out."""
+    return " ".join(word for word in (op, size, risk, head and f"{head} head") if word)
 
 
 AXES: dict[Op, str] = {"linear": "NHV", "logits": "NV", "nested": "ST"}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from benchmarks.kernels.agreement import Error
-from benchmarks.kernels.cases import AXES, Case, Mode, Spec
+from benchmarks.kernels.cases import AXES, Case, Mode, Spec, title
 from benchmarks.kernels.providers import Missing
 from benchmarks.timing import Quantiles, Refused
 
@@ -45,8 +45,7 @@ def case_columns(spec: Spec, dtype: str, threads: int) -> Record:
 
 def case_name(record: Record) -> str:
     """The case that a record is about, as `str` of its `Spec`."""
-    head = record["head"] and f"{record['head']} head"
-    return " ".join(word for word in (record["op"], record["shape"], record["risk"], head) if word)
+    return title(record["op"], record["shape"], record["risk"], record["head"])
 
 
 def time_record(
@@ -155,7 +154,7 @@ def tables(records: Sequence[Record], shares: dict[tuple, float]) -> list[Table]
 def _table(key: tuple, group: list[Record], records: Sequence[Record], shares: dict[tuple, float]) -> Table:
     op, shape, head = key
     floor = "gemms" if op == "linear" else "copy"
-    table = Table(title=" ".join(word for word in (op, shape, head and f"{head} head") if word))
+    table = Table(title=title(op, shape, "", head))
     for name in ("risk", "mode", "provider"):
         table.add_column(name)
     for name in ("ms", "20 %", "80 %", f"% of {floor}", "x naive", "extra MiB", "error / allowed"):
