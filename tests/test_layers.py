@@ -49,6 +49,8 @@ ROOMS = {
     "losses": ("kernels.risk", "torch jaxtyping"),
     "temperatures": ("", ""),
     "stories": ("", "torch"),
+    "world": ("kernels evaluation evaluation.tail", "torch jaxtyping"),
+    "tabular": ("kernels losses world", "torch jaxtyping"),
     "data": ("", ""),
     "data.records": ("", ""),
     "data.columns": ("data.records", ""),
