@@ -6,6 +6,7 @@
     python -m benchmarks gpu --output DIR             # everything that only a GPU can tell, in pieces
     python -m benchmarks aot                          # the kernels compiled for GPUs that are not here
     python -m benchmarks step                         # whole training steps, beside TRL's DPO
+    python -m benchmarks tail_risk                    # which method lightens the tail of harm, learned: an hour or two
 
 Every provider first has to agree with the definition on the benchmark's own inputs; what agrees in a training step is
 said in `step/run.py`. Disagreement prints by how much and exits 1; what disagrees is not timed.
@@ -34,7 +35,14 @@ MEASURES: dict[str, type[RiskMeasure]] = {"KL": KL, "CVaR": CVaR, "ERM": ERM}
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; 1 means that something disagrees with the definition, 2 that nothing could be run."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
-    commands = {"kernels": _kernels, "figures": _figures, "gpu": _gpu, "aot": _aot, "step": _step}
+    commands = {
+        "kernels": _kernels,
+        "figures": _figures,
+        "gpu": _gpu,
+        "aot": _aot,
+        "step": _step,
+        "tail_risk": _tail_risk,
+    }
     try:
         return commands[options.command](options)
     except Refused as error:
@@ -143,6 +151,12 @@ def _step(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tail_risk(options: argparse.Namespace) -> int:
+    from benchmarks.tail_risk import command  # it brings the trainer
+
+    return command.main(options)
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +175,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
         add_arguments(aot)
     _add_step(commands.add_parser("step", help="a whole training step beside TRL's DPO, in float32 on the CPU"))
+    tail_risk = commands.add_parser("tail_risk", help="which method lightens the tail of harm, on the story world")
+    if arguments[:1] == ["tail_risk"]:
+        from benchmarks.tail_risk.command import add_arguments as add_tail_risk  # it brings the trainer
+
+        add_tail_risk(tail_risk)
     options = parser.parse_args(arguments)
     if getattr(options, "samples", 1) < 1:
         parser.error(f"--samples is at least 1, got {options.samples}")
@@ -173,7 +192,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--threads is at least 1, got {options.threads}")
     output = getattr(options, "output", None)
     if output is not None:
-        _writable(parser, output, is_folder=options.command in ("kernels", "gpu"))
+        _writable(parser, output, is_folder=options.command in ("kernels", "gpu", "tail_risk"))
     if options.command == "step" and options.trl and importlib.util.find_spec("trl") is None:
         parser.error(
             "step compares with trl, which is not installed: pip install -c constraints.txt trl (it is in the extra "

@@ -188,12 +188,13 @@ def test_arrows(name):
 
 # folder or file of benchmarks/ -> what else of it may be imported
 BENCHMARKS = {
-    "__main__": {"kernels", "figures", "gpu", "aot", "step", "timing"},
+    "__main__": {"kernels", "figures", "gpu", "aot", "step", "tail_risk", "timing"},
     "timing": set(),
     "kernels": {"timing"},
     "aot": {"timing"},
     "step": {"timing"},
     "gpu": {"kernels", "timing"},
+    "tail_risk": {"timing"},
     "pending": {"kernels", "gpu"},
     "figures": {"kernels", "pending", "timing"},
 }

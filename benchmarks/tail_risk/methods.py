@@ -1,0 +1,154 @@
+"""The methods, the models each needs, and the size of a study. All numbers that were chosen stand here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rsa_kernels import ERM, KL, CVaR, RiskMeasure
+
+from benchmarks.tail_risk.prompts import Split
+from rsa_lightning.losses import DPO, RSA, TDPO, PreferenceLoss
+
+Labels = Literal["order", "mean", "hinge", "indicator"]
+
+BETA = 0.5  # temperature of the whole problem, in units of reward per nat
+TAIL = 0.05  # mass of the answers whose cost the hinge looks at
+THRESHOLD = 10.0  # cost above which the indicator counts an answer; the writer exceeds it with 6 % of his answers
+SHARES = (0.25, 0.5, 0.75)  # of the safe model in a merge
+
+
+@dataclass(frozen=True)
+class Method:
+    """A path of three models by one parameter.
+
+    Attributes:
+        learner: loss and risk of both steps, a name in LEARNERS; methods with one learner share their reward step.
+        values: multipliers λ of the cost; shares of the safe model where `merged`.
+        labels: what the safety step learns from: the order of the pairs, or the true costs of both answers.
+        merged: average the weights of the reward model and of the most conservative model of this other method.
+    """
+
+    name: str
+    title: str
+    learner: str
+    values: tuple[float, ...]
+    labels: Labels = "order"
+    merged: str | None = None
+
+
+LEARNERS: dict[str, tuple[PreferenceLoss, RiskMeasure]] = {
+    "dpo": (DPO(), KL()),
+    "tdpo": (TDPO(), KL()),
+    "cvar97": (RSA(), CVaR(tail=0.97)),
+    "cvar50": (RSA(), CVaR(tail=0.5)),
+    "cvar10": (RSA(), CVaR(tail=0.1)),
+    "erm1": (RSA(), ERM(mu=1.0)),
+    "erm5": (RSA(), ERM(mu=5.0)),
+}
+
+# Chosen once, by `--pilot` on seed 100, which is none of the study's: on validation prompts the three points of each
+# method span about the same range of mean reward. Nothing of tails or of test prompts was looked at.
+ORDER_LAMS = (0.05, 0.2, 0.8)
+METHODS: tuple[Method, ...] = (
+    Method("sacpo", "SACPO (DPO, DPO)", "dpo", ORDER_LAMS),
+    Method("p_sacpo", "P-SACPO (merge)", "dpo", SHARES, merged="sacpo"),
+    Method("tdpo", "stepwise TDPO2", "tdpo", ORDER_LAMS),
+    Method("rsa_cvar97", "RSA, CVaR 0.97", "cvar97", ORDER_LAMS),
+    Method("rsa_cvar50", "RSA, CVaR 0.5", "cvar50", ORDER_LAMS),
+    Method("rsa_cvar10", "RSA, CVaR 0.1", "cvar10", ORDER_LAMS),
+    Method("rsa_erm1", "RSA, ERM 1", "erm1", ORDER_LAMS),
+    Method("rsa_erm5", "RSA, ERM 5", "erm5", ORDER_LAMS),
+    Method("rsa_p", "RSA(P) (merge)", "cvar97", SHARES, merged="rsa_cvar97"),
+    Method("mean", "costs: mean", "dpo", (0.01, 0.05, 0.2), labels="mean"),
+    Method("indicator", "costs: indicator", "dpo", (1.0, 2.0, 4.0), labels="indicator"),
+    Method("hinge", "costs: hinge", "dpo", (0.001, 0.005, 0.02), labels="hinge"),
+)
+BASELINE = "sacpo"
+QUICK_METHODS = ("sacpo", "rsa_cvar97", "mean", "hinge")
+PILOT = {  # multipliers that a pilot tries
+    "order": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
+    "mean": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+    "indicator": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "hinge": (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One trained or merged model of a seed.
+
+    Attributes:
+        start: the model it is trained from, and stays near; of a merge the reward model.
+        other: of a merge, the safe model.
+        value: λ, or the share of the safe model.
+    """
+
+    name: str
+    kind: Literal["warmup", "reward", "safety", "merge"]
+    start: str | None = None
+    other: str | None = None
+    learner: str = "dpo"
+    labels: Labels = "order"
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything. `answers` is per prompt; of `logps` of them log-probabilities are taken, for the KL."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    demonstrations: int = 3000
+    warmup_epochs: int = 5
+    pairs: int = 1600
+    batch_size: int = 16  # pairs of an optimizer step
+    hidden_size: int = 64
+    layers: int = 2
+    vocabulary: int = 1024
+    answers: tuple[tuple[Split, int], ...] = (("validation", 24), ("test", 112), ("shifted", 30))
+    logps: tuple[tuple[Split, int], ...] = (("validation", 8), ("test", 12), ("shifted", 6))
+    threshold_answers: int = 24  # per training prompt, of the reward model, for the hinge's eta
+    learning_rate: float = 5e-4
+    warmup_learning_rate: float = 4e-3
+
+
+FULL = Scale()
+QUICK = replace(
+    FULL,
+    seeds=(0, 1),
+    demonstrations=1500,
+    warmup_epochs=4,
+    pairs=480,
+    answers=(("validation", 10), ("test", 24), ("shifted", 10)),
+    logps=(("validation", 4), ("test", 6), ("shifted", 4)),
+    threshold_answers=8,
+)
+PILOT_SCALE = replace(FULL, seeds=(100,), answers=(("validation", 40),), logps=(("validation", 12),))
+
+
+def reward_model(method: Method) -> str:
+    return f"reward_{method.learner}"
+
+
+def path(method: Method) -> list[str]:
+    """The names of the method's models, by rising λ or share."""
+    return [f"{method.name}_{value:g}" for value in method.values]
+
+
+def models(methods: Sequence[Method]) -> list[Model]:
+    """All models of a seed in an order in which each comes after those it needs; none twice."""
+    found = {"warmup": Model("warmup", "warmup")}
+    for method in methods:
+        first = Model(reward_model(method), "reward", "warmup", learner=method.learner)
+        found[first.name] = first
+        for name, value in zip(path(method), method.values, strict=True):
+            if method.merged:
+                safe = path(next(other for other in methods if other.name == method.merged))[-1]
+                found[name] = Model(name, "merge", first.name, safe, method.learner, value=value)
+            else:
+                found[name] = Model(name, "safety", first.name, None, method.learner, method.labels, value)
+    return list(found.values())
+
+
+def pilot_methods() -> tuple[Method, ...]:
+    """Every trained method with all the multipliers that a pilot tries."""
+    return tuple(replace(method, values=PILOT[method.labels]) for method in METHODS if not method.merged)
