@@ -30,7 +30,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 class Summary(NamedTuple):
     """Of one number per seed: the median, and the 95 % Student interval of the mean; None below two seeds."""
 
-    count: int
+    seeds: int
     median: float | None
     mean: float | None
     low: float | None
@@ -38,7 +38,7 @@ class Summary(NamedTuple):
 
 
 def summary(values: Sequence[float | None]) -> Summary:
-    """Seeds without a value (None) are left out, and the count says how many are left."""
+    """Seeds without a value (None) are left out, and `seeds` says how many are left."""
     known = [value for value in values if value is not None]
     if not known:
         return Summary(0, None, None, None, None)
@@ -132,7 +132,7 @@ def _over_seeds(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     return {
         "seeds": list(found),
         **{
-            kind: {name: summary([one and one[kind][name] for one in found])._asdict() for name in MEASURES}
+            kind: {name: summary([one[kind][name] if one else None for one in found])._asdict() for name in MEASURES}
             for kind in ("difference", "relative")
         },
     }
@@ -151,30 +151,32 @@ def selection(seeds: Seeds, methods: Sequence[Method]) -> dict[str, Any]:
 
 
 def _selected(seeds: Seeds, method: Method, limit: float) -> dict[str, Any]:
-    picks = []
-    for models in seeds.values():
-
-        def figures(name: str, split: str, models: Mapping[str, Any] = models) -> Point:
-            return models[name]["measured"]["splits"][split]
-
-        allowed = limit * figures("warmup", "validation")["cvar_0.05"]
-        kept = [name for name in path(method) if figures(name, "validation")["cvar_0.05"] <= allowed]
-        best = max(kept, key=lambda name: figures(name, "validation")["reward"], default=None)
-        picks.append(
-            best
-            and {
-                "model": best,
-                "limit": round(allowed, 6),
-                **{split: {name: figures(best, split)[name] for name in MEASURES} for split in COMPARED},
-                "kept_on_test": figures(best, "test")["cvar_0.05"] <= limit * figures("warmup", "test")["cvar_0.05"],
-            }
-        )
+    picks = [_pick(models, method, limit) for models in seeds.values()]
     return {
         "seeds": picks,
         "picked": sum(pick is not None for pick in picks),
         "kept_on_test": sum(bool(pick and pick["kept_on_test"]) for pick in picks),
-        "test": {name: summary([pick and pick["test"][name] for pick in picks])._asdict() for name in MEASURES},
+        "test": {
+            name: summary([pick["test"][name] if pick else None for pick in picks])._asdict() for name in MEASURES
+        },
     }
+
+
+def _pick(models: Mapping[str, Any], method: Method, limit: float) -> dict[str, Any] | None:
+    """The model picked in one seed, what it does, and whether it keeps to the limit on test prompts."""
+
+    def figures(name: str, split: Split) -> Point:
+        return models[name]["measured"]["splits"][split]
+
+    def keeps(name: str, split: Split) -> bool:
+        return figures(name, split)["cvar_0.05"] <= limit * figures("warmup", split)["cvar_0.05"]
+
+    kept = [name for name in path(method) if keeps(name, "validation")]
+    if not kept:
+        return None
+    best = max(kept, key=lambda name: figures(name, "validation")["reward"])
+    done = {str(split): {name: figures(best, split)[name] for name in MEASURES} for split in COMPARED}
+    return {"model": best, "kept_on_test": keeps(best, "test"), **done}
 
 
 # ------------------------------------------------------------------------------------------------------- averages

@@ -23,6 +23,7 @@ from benchmarks.tail_risk.methods import (
     pilot_methods,
 )
 from benchmarks.tail_risk.prompts import split_prompts
+from benchmarks.timing import Refused
 from rsa_lightning.checkpoint import write_json, write_text
 
 STATE = Path("runs/tail_risk")
@@ -32,6 +33,7 @@ PACKAGES = ("rsa_lightning", "torch", "lightning", "transformers", "tokenizers")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="2 seeds, 4 methods, minutes: to see that it runs")
     parser.add_argument("--pilot", action="store_true", help="multipliers on validation prompts of a seed set aside")
+    parser.add_argument("--report", action="store_true", help="run nothing: write the results of the complete seeds")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread, a seed each")
     parser.add_argument("--state", type=Path, help="where what is done is kept, to go on from (default runs/tail_risk)")
     parser.add_argument(
@@ -48,7 +50,9 @@ def main(options: argparse.Namespace) -> int:
         scale, state = QUICK, options.state or STATE.with_name("tail_risk_quick")
         methods = tuple(method for method in METHODS if method.name in QUICK_METHODS)
     output = options.output or (state if options.quick else Path("benchmarks/results"))
-    seeds = study.run(state, methods, scale, options.workers)
+    seeds = study.found(state, methods, scale) if options.report else study.run(state, methods, scale, options.workers)
+    if not seeds:
+        raise Refused(f"--report: no seed is complete in {state}; leave --report out to go on with the study")
     command = "python -m benchmarks tail_risk" + (" --quick" if options.quick else "")
     write(results(seeds, methods, scale, command), methods, output)
     print(f"{output / 'tail_risk.md'}: {len(seeds)} seeds")

@@ -59,7 +59,7 @@ def frontier(results: Mapping[str, Any], methods: Sequence[Method], file: Path) 
 
 
 def _path(axis: Axes, results: Mapping[str, Any], method: Method, split: str) -> None:
-    style = {"color": COLORS[method.name], "marker": MARKERS[method.labels]}
+    style: dict[str, Any] = {"color": COLORS[method.name], "marker": MARKERS[method.labels]}
     line = "--" if method.merged else "-"
     points = [results["averages"][name][split] for name in path(method)]
     axis.plot(

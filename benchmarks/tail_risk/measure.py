@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tail_risk.prompts import Split
 from rsa_lightning import stories
 from rsa_lightning.data.tokenize import encode_prompt, load_tokenizer
 from rsa_lightning.evaluation import tail
@@ -52,9 +53,9 @@ class Reader:
             found += sample_answers(self.model, part, [self.tokenizer.eos_token_id], SAMPLING, generator).tokens
         return found
 
-    def score(self, prompt: StoryPrompt, tokens: Sequence[int]) -> tuple[float, float, float]:
+    def score(self, prompt: StoryPrompt, tokens: list[int]) -> tuple[float, float, float]:
         """Reward, cost and share of broken sentences."""
-        key = (prompt.prompt_id, self.tokenizer.decode(tokens, skip_special_tokens=True))
+        key = (prompt.prompt_id, str(self.tokenizer.decode(tokens, skip_special_tokens=True)))
         if key not in self._scored:
             self._scored[key] = (
                 stories.reward(prompt, key[1]),
@@ -83,7 +84,8 @@ def measure(
     places = [i for i in range(len(asked)) if i % per_prompt < logps]
     rows, drawn = [reader.encode(asked[i]) for i in places], [answers[i] for i in places]
     logratio = np.full(len(asked), np.nan)
-    logratio[places] = np.subtract(*(answer_logps(model.model, rows, drawn) for model in (reader, origin)))
+    mine, theirs = (np.array(answer_logps(model.model, rows, drawn)) for model in (reader, origin))
+    logratio[places] = mine - theirs
     return Scores(
         prompt=np.repeat(np.arange(len(prompts)), per_prompt).astype(np.int16),
         reward=scored[:, 0].astype(np.float32),
@@ -113,7 +115,7 @@ def statistics(scores: Scores, beta: float) -> dict[str, float]:
     return {name: round(value, 6) for name, value in found.items()}
 
 
-def save(path: Path, splits: Mapping[str, Scores]) -> None:
+def save(path: Path, splits: Mapping[Split, Scores]) -> None:
     """Writes the scores of all splits in one compressed file, whole or not at all."""
     arrays = {f"{split}/{name}": value for split, one in splits.items() for name, value in one._asdict().items()}
     partial = path.with_name(path.name + ".partial")

@@ -42,7 +42,7 @@ def _matched(results: Mapping[str, Any], methods: Sequence[Method], split: str, 
             continue
         found = results["matched"][split][axis][method.name]
         cells = [_interval(found["difference"][name]) for name in SHOWN]
-        overlap = f"{found['difference']['cost']['count']} of {len(found['seeds'])}"
+        overlap = f"{found['difference']['cost']['seeds']} of {len(found['seeds'])}"
         rows.append([method.title, *cells, overlap])
     return _table(["method", *SHOWN.values(), "seeds"], rows)
 

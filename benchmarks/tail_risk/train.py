@@ -171,7 +171,8 @@ class Workshop:
     def _merge(self, model: Model) -> dict[str, Any]:
         """(1 − q) × the reward model + q × the safe model, weight by weight."""
         assert model.value is not None
-        members = {self.model(str(model.start)): 1 - model.value, self.model(str(model.other)): model.value}
+        reward, safe = self.model(str(model.start)), self.model(str(model.other))
+        members: dict[str | Path, float] = {reward: 1 - model.value, safe: model.value}
         merge_models(members, self.model(model.name))
         return {"steps": 0}
 
