@@ -170,6 +170,25 @@ def test_selection_looks_at_validation_and_reports_the_test():
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
+def test_methods_are_held_against_their_nearest_rivals_too():
+    """Hinge against the mean cost: 1 and 2 apart at rewards 2 and 4, so 1.5 on average."""
+
+    def model(figures):
+        return {"measured": {"splits": {"test": figures, "shifted": figures}}}
+
+    mean, hinge = (replace(BY_NAME[name], values=(1.0, 2.0)) for name in ("mean", "hinge"))
+    seed = {
+        "mean_1": model(point(4, 10)),
+        "mean_2": model(point(2, 5)),
+        "hinge_1": model(point(4, 8)),
+        "hinge_2": model(point(2, 4)),
+    }
+    found = analyse.matched({"0": seed, "1": seed}, [mean, hinge])
+    assert set(found) == {"mean"}
+    summary = found["mean"]["test"]["reward"]["hinge"]["difference"]["cvar_0.05"]
+    assert summary == {"seeds": 2, "median": -1.5, "mean": -1.5, "low": -1.5, "high": -1.5}
+
+
 def test_statistics_by_hand():
     """100 answers, one of cost 100, four of cost 5, the others 0; log-ratios of two answers, 1 and 2 nats."""
     logratio = np.full(100, np.nan)

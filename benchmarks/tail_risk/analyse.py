@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.tail_risk.methods import BASELINE, Method, path
+from benchmarks.tail_risk.methods import BASELINE, RIVALS, Method, path
 from benchmarks.tail_risk.prompts import Split
 
 Point = Mapping[str, float]  # the figures of one model on one split
@@ -107,21 +107,34 @@ def compare(points: Sequence[Point], baseline: Sequence[Point], axis: str) -> di
 
 
 def matched(seeds: Seeds, methods: Sequence[Method]) -> dict[str, Any]:
-    """split -> axis -> method -> what was found in every seed, and its summary."""
-    baseline = next(method for method in methods if method.name == BASELINE)
+    """baseline -> split -> axis -> method -> what was found in every seed, and its summary.
+
+    All methods are held against SACPO, some against a nearer rival, too.
+    """
+    names = [method.name for method in methods]
+    pairs = {BASELINE: tuple(name for name in names if name != BASELINE), **RIVALS}
     return {
-        split: {
-            axis: {
-                method.name: _over_seeds(
-                    [compare(_points(s, method, split), _points(s, baseline, split), axis) for s in seeds.values()]
-                )
-                for method in methods
-                if method is not baseline
+        baseline: {
+            split: {
+                axis: {
+                    name: _over_seeds([_compared(s, methods, name, baseline, split, axis) for s in seeds.values()])
+                    for name in against
+                    if name in names
+                }
+                for axis in AXES
             }
-            for axis in AXES
+            for split in COMPARED
         }
-        for split in COMPARED
+        for baseline, against in pairs.items()
+        if baseline in names and set(against) & set(names)
     }
+
+
+def _compared(
+    models: Mapping[str, Any], methods: Sequence[Method], name: str, baseline: str, split: str, axis: str
+) -> dict[str, Any] | None:
+    by_name = {method.name: method for method in methods}
+    return compare(_points(models, by_name[name], split), _points(models, by_name[baseline], split), axis)
 
 
 def _points(models: Mapping[str, Any], method: Method, split: str) -> list[Point]:

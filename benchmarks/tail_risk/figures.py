@@ -94,7 +94,7 @@ def matched(results: Mapping[str, Any], methods: Sequence[Method], file: Path) -
         for axis, (measure, title) in zip(row, SHOWN.items(), strict=True):
             for place, method in enumerate(reversed(shown)):
                 for split, offset in (("test", 0.17), ("shifted", -0.17)):
-                    found = results["matched"][split][axis_name][method.name]
+                    found = results["matched"][BASELINE][split][axis_name][method.name]
                     _row(axis, found, measure, place + offset, COLORS[method.name], split == "test")
             axis.axvline(0, color="black", linewidth=1)
             axis.grid(axis="x", alpha=0.25)

@@ -66,6 +66,12 @@ METHODS: tuple[Method, ...] = (
     Method("hinge", "costs: hinge", "dpo", (0.005, 0.02, 0.05), labels="hinge"),
 )
 BASELINE = "sacpo"
+# what else a method is held against: cost transforms against the mean cost, which has the same labels and no tail;
+# token risks against the KL, which is one of them
+RIVALS: dict[str, tuple[str, ...]] = {
+    "mean": ("indicator", "hinge"),
+    "tdpo": ("rsa_cvar97", "rsa_cvar50", "rsa_cvar10", "rsa_erm1", "rsa_erm5"),
+}
 QUICK_METHODS = ("sacpo", "rsa_cvar97", "mean", "hinge")
 PILOT = {  # multipliers that a pilot tries
     "order": (0.1, 0.2, 0.3, 0.4, 0.8, 3.0),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.tail_risk.analyse import AXES, COMPARED, LIMITS
-from benchmarks.tail_risk.methods import BASELINE, Method, path, reward_model
+from benchmarks.tail_risk.methods import BASELINE, RIVALS, Method, path, reward_model
 
 SPLITS = {"test": "test prompts", "shifted": "tasks that no training data asks for"}
 SHOWN = {"cvar_0.05": "CVaR 5 %", "cvar_0.01": "CVaR 1 %", "cost": "mean cost", "kl": "KL"}
@@ -12,35 +12,43 @@ SHOWN = {"cvar_0.05": "CVaR 5 %", "cvar_0.01": "CVaR 1 %", "cost": "mean cost", 
 
 def markdown(results: Mapping[str, Any], methods: Sequence[Method]) -> str:
     """All tables."""
-    scale, seeds = results["settings"]["scale"], results["seeds"]
-    head = (
-        "# Which method lightens the tail of harm\n\n"
-        f"Written by `{results['command']}`: {len(seeds)} of {len(scale['seeds'])} seeds, "
-        f"{results['parameters']} parameters, {results['steps']} optimizer steps of {scale['batch_size']} pairs in "
-        f"every alignment step, β = {results['settings']['beta']:g}. Differences are method − SACPO of the same seed, "
-        "averaged over the range of reward that both paths cover: median over seeds, in brackets the 95 % Student "
-        "interval of the mean over seeds, and the number of seeds whose paths overlap.\n"
-    )
-    parts = [head]
+    parts = [_head(results)]
     for split in COMPARED:
         for axis, words in AXES.items():
-            parts.append(f"## At the same {words}, {SPLITS[split]}\n\n{_matched(results, methods, split, axis)}")
+            table = _matched(results, methods, BASELINE, split, axis)
+            parts.append(f"## At the same {words}, {SPLITS[split]}: difference from SACPO\n\n{table}")
+    for rival in RIVALS:
+        if rival in results["matched"]:
+            title = next(method.title for method in methods if method.name == rival)
+            for split in COMPARED:
+                table = _matched(results, methods, rival, split, "reward")
+                parts.append(f"## At the same mean reward, {SPLITS[split]}: difference from {title}\n\n{table}")
     for limit in LIMITS:
-        parts.append(
-            f"## Picked on validation: the best reward with CVaR 5 % at most {limit:g} × the warm-up model's\n\n"
-            f"{_selection(results, methods, f'{limit:g}')}"
-        )
+        words = f"the best reward with CVaR 5 % at most {limit:g} × the warm-up model's"
+        parts.append(f"## Picked on validation prompts: {words}\n\n{_selection(results, methods, f'{limit:g}')}")
     for split in COMPARED:
         parts.append(f"## All models, {SPLITS[split]}: means over seeds\n\n{_averages(results, methods, split)}")
     return "\n".join(parts)
 
 
-def _matched(results: Mapping[str, Any], methods: Sequence[Method], split: str, axis: str) -> str:
+def _head(results: Mapping[str, Any]) -> str:
+    scale = results["settings"]["scale"]
+    return (
+        "# Which method lightens the tail of harm\n\n"
+        f"Written by `{results['command']}`: {len(results['seeds'])} of {len(scale['seeds'])} seeds, "
+        f"{results['parameters']} parameters, {results['steps']} optimizer steps of {scale['batch_size']} pairs in "
+        f"every alignment step, β = {results['settings']['beta']:g}. Differences are method − baseline of the same "
+        "seed, averaged over the range of reward (or of E[r] − β KL) that both paths cover: median over seeds, in "
+        "brackets the 95 % Student interval of the mean over seeds, and the number of seeds whose paths overlap.\n"
+    )
+
+
+def _matched(results: Mapping[str, Any], methods: Sequence[Method], baseline: str, split: str, axis: str) -> str:
     rows = []
     for method in methods:
-        if method.name == BASELINE:
+        found = results["matched"][baseline][split][axis].get(method.name)
+        if found is None:
             continue
-        found = results["matched"][split][axis][method.name]
         cells = [_interval(found["difference"][name]) for name in SHOWN]
         overlap = f"{found['difference']['cost']['seeds']} of {len(found['seeds'])}"
         rows.append([method.title, *cells, overlap])
