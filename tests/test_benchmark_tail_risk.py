@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import timing
 from benchmarks.tail_risk import analyse, figures, measure, report, study
 from benchmarks.tail_risk import command as tail_risk
 from benchmarks.tail_risk.methods import BETA, FULL, METHODS, QUICK, QUICK_METHODS, models, path, pilot_methods
@@ -286,6 +288,29 @@ def test_everything_is_written_from_the_figures(micro, tmp_path):
     assert "costs: hinge" in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"tail_risk_frontier.png", "tail_risk_matched.png"}
     assert set(figures.COLORS) == set(BY_NAME)
+
+
+# ------------------------------------------------------------------------------------------------- what is committed
+
+RESULTS = timing.ROOT / "benchmarks" / "results"
+WRITE_UP = timing.ROOT / "docs" / "theory" / "6-learned-tails.md"
+
+
+def test_committed_tables_and_differences_are_made_of_the_committed_figures():
+    found = json.loads((RESULTS / "tail_risk.json").read_text())
+    assert found["settings"] == study.settings(METHODS, FULL)
+    assert found["matched"] == json.loads(json.dumps(analyse.matched(found["seeds"], METHODS)))
+    assert found["selection"] == json.loads(json.dumps(analyse.selection(found["seeds"], METHODS)))
+    assert (RESULTS / "tail_risk.md").read_text() == report.markdown(found, METHODS)
+
+
+def test_every_number_of_the_write_up_is_in_the_tables():
+    """Numbers with a decimal point; those of the setting (β, λ, tails, limits) are there, too."""
+    tables = set(re.findall(r"[+-]?\d+\.\d+", (RESULTS / "tail_risk.md").read_text()))
+    known = tables | {number.lstrip("+-") for number in tables}
+    quoted = re.findall(r"[+-]?\d+\.\d+", WRITE_UP.read_text().replace("−", "-"))
+    assert len(quoted) > 20
+    assert [number for number in quoted if number not in known] == []
 
 
 def test_the_command_names_its_options(capsys):

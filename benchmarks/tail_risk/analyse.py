@@ -17,7 +17,10 @@ from benchmarks.tail_risk.prompts import Split
 Point = Mapping[str, float]  # the figures of one model on one split
 Seeds = Mapping[str, Mapping[str, Any]]  # seed -> model -> training, measured
 
+# where two paths meet; on shifted tasks also where they meet on test prompts, since no model earns much reward there
 AXES = {"reward": "mean reward", "objective": "E[r] − β KL"}
+AT_TEST = {"test_reward": "mean reward on test prompts", "test_objective": "E[r] − β KL on test prompts"}
+AXES_OF: dict[Split, dict[str, str]] = {"test": AXES, "shifted": {**AT_TEST, **AXES}}
 MEASURES = ("cvar_0.05", "cvar_0.01", "cost", "kl", "reward", "broken")
 COMPARED: tuple[Split, ...] = ("test", "shifted")
 LEVELS = 11  # places of the shared range at which two paths are compared
@@ -121,7 +124,7 @@ def matched(seeds: Seeds, methods: Sequence[Method]) -> dict[str, Any]:
                     for name in against
                     if name in names
                 }
-                for axis in AXES
+                for axis in AXES_OF[split]
             }
             for split in COMPARED
         }
@@ -131,14 +134,16 @@ def matched(seeds: Seeds, methods: Sequence[Method]) -> dict[str, Any]:
 
 
 def _compared(
-    models: Mapping[str, Any], methods: Sequence[Method], name: str, baseline: str, split: str, axis: str
+    models: Mapping[str, Any], methods: Sequence[Method], name: str, baseline: str, split: Split, axis: str
 ) -> dict[str, Any] | None:
     by_name = {method.name: method for method in methods}
     return compare(_points(models, by_name[name], split), _points(models, by_name[baseline], split), axis)
 
 
-def _points(models: Mapping[str, Any], method: Method, split: str) -> list[Point]:
-    return [models[name]["measured"]["splits"][split] for name in path(method)]
+def _points(models: Mapping[str, Any], method: Method, split: Split) -> list[Point]:
+    """The figures of a path on one split, and where its models stand on test prompts."""
+    measured = [models[name]["measured"]["splits"] for name in path(method)]
+    return [{**found[split], **{f"test_{axis}": found["test"][axis] for axis in AXES}} for found in measured]
 
 
 def _over_seeds(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.tail_risk.analyse import AXES, COMPARED, LIMITS
+from benchmarks.tail_risk.analyse import AXES_OF, COMPARED, LIMITS
 from benchmarks.tail_risk.methods import BASELINE, RIVALS, Method, path, reward_model
 
 SPLITS = {"test": "test prompts", "shifted": "tasks that no training data asks for"}
@@ -14,15 +14,16 @@ def markdown(results: Mapping[str, Any], methods: Sequence[Method]) -> str:
     """All tables."""
     parts = [_head(results)]
     for split in COMPARED:
-        for axis, words in AXES.items():
+        for axis, words in AXES_OF[split].items():
             table = _matched(results, methods, BASELINE, split, axis)
             parts.append(f"## At the same {words}, {SPLITS[split]}: difference from SACPO\n\n{table}")
     for rival in RIVALS:
         if rival in results["matched"]:
             title = next(method.title for method in methods if method.name == rival)
             for split in COMPARED:
-                table = _matched(results, methods, rival, split, "reward")
-                parts.append(f"## At the same mean reward, {SPLITS[split]}: difference from {title}\n\n{table}")
+                axis, words = next(iter(AXES_OF[split].items()))
+                table = _matched(results, methods, rival, split, axis)
+                parts.append(f"## At the same {words}, {SPLITS[split]}: difference from {title}\n\n{table}")
     for limit in LIMITS:
         words = f"the best reward with CVaR 5 % at most {limit:g} × the warm-up model's"
         parts.append(f"## Picked on validation prompts: {words}\n\n{_selection(results, methods, f'{limit:g}')}")
@@ -44,20 +45,24 @@ def _head(results: Mapping[str, Any]) -> str:
 
 
 def _matched(results: Mapping[str, Any], methods: Sequence[Method], baseline: str, split: str, axis: str) -> str:
-    rows = []
+    """A row per method whose path meets the baseline's in some seed, and who never does."""
+    table = results["matched"][baseline][split][axis]
+    rows, apart = [], []
     for method in methods:
-        found = results["matched"][baseline][split][axis].get(method.name)
-        if found is None:
+        if method.name not in table:
             continue
-        cells = [_interval(found["difference"][name]) for name in SHOWN]
-        overlap = f"{found['difference']['cost']['seeds']} of {len(found['seeds'])}"
-        rows.append([method.title, *cells, overlap])
-    return _table(["method", *SHOWN.values(), "seeds"], rows)
+        found = table[method.name]
+        seeds = found["difference"]["cost"]["seeds"]
+        if seeds:
+            cells = [_interval(found["difference"][name]) for name in SHOWN]
+            rows.append([method.title, *cells, f"{seeds} of {len(found['seeds'])}"])
+        else:
+            apart.append(method.title)
+    words = f"No overlap in any seed: {'; '.join(apart)}.\n" if apart else ""
+    return "\n".join(filter(None, [_table(["method", *SHOWN.values(), "seeds"], rows) if rows else "", words]))
 
 
 def _interval(summary: Mapping[str, Any]) -> str:
-    if summary["median"] is None:
-        return "no overlap"
     if summary["low"] is None:
         return f"{summary['median']:+.2f}"
     return f"{summary['median']:+.2f} [{summary['low']:+.2f}, {summary['high']:+.2f}]"
@@ -105,7 +110,7 @@ def _averages(results: Mapping[str, Any], methods: Sequence[Method], split: str)
 def _shared(name: str, methods: Sequence[Method]) -> str | None:
     """Reward steps are named by who shares them."""
     users = [method.title for method in methods if reward_model(method) == name]
-    return f"reward step of {', '.join(users)}" if users else None
+    return f"reward step of {'; '.join(users)}" if users else None
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
