@@ -115,10 +115,10 @@ def read_records(
     return records
 
 
-def sift(records: Sequence[Record], evaluation_keys: set[str], ledger: Ledger) -> list[Record]:
+def sift(records: Sequence[Record], evaluation_keys: set[str], ledger: Ledger, anchored: bool = True) -> list[Record]:
     """The records without those that a policy drops; every defect is entered into the ledger."""
     reasons: dict[int, str] = {}
-    for reason, indices in defects(records, evaluation_keys).items():
+    for reason, indices in defects(records, evaluation_keys, anchored).items():
         ledger.find(reason, [records[i].row_id for i in indices])
         if ledger.drops(reason):
             for i in indices:
@@ -128,11 +128,11 @@ def sift(records: Sequence[Record], evaluation_keys: set[str], ledger: Ledger) -
     return [record for i, record in enumerate(records) if i not in reasons]
 
 
-def defects(records: Sequence[Record], evaluation_keys: set[str]) -> dict[str, list[int]]:
+def defects(records: Sequence[Record], evaluation_keys: set[str], anchored: bool) -> dict[str, list[int]]:
     """The indices of the records with each defect; the first defect of a record is the one it is dropped for."""
     found: dict[str, list[int]] = {"empty": [], "identical": [], "contradictory": [], "duplicate": []}
     for i, record in enumerate(records):
-        for reason in defects_of(record):
+        for reason in defects_of(record, anchored):
             found[reason].append(i)
     together = repeated(records)
     found["contradictory"] = sorted({*found["contradictory"], *together["contradictory"]})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
-from rsa_lightning.data.records import PreferencePair, Prompt, RatedResponse, Record, human_turns
+from rsa_lightning.data.records import PreferencePair, Prompt, RatedResponse, Record, costs_disagree, human_turns
 
 Policy = Literal["drop", "keep", "fail"]
 DropOrFail = Literal["drop", "fail"]
@@ -22,7 +22,8 @@ class Defects:
         empty: a blank response. Kept, it is trained on as an end token alone.
         identical: both responses are the same, or differ only behind the place where they are cut.
         duplicate: the prompt, the responses and the label of an earlier row; the first stays.
-        contradictory: both orders of one pair occur (all such rows), or the labels of a row disagree.
+        contradictory: both orders of one pair occur (all such rows), or the labels of a row disagree; a cost and a
+            safety label do where one says safe (cost <= 0) and the other does not, unless anchored_costs is false.
         overlong: prompt or response is longer than the limits. Kept, it is cut.
         prompt_mismatch: the two responses do not follow the same prompt.
         wrong_type: the row is not of the format, or its line cannot be read.
@@ -76,10 +77,14 @@ WHY = {
 }
 
 
-def defects_of(record: Record) -> tuple[str, ...]:
-    """What is wrong with a record alone: empty, identical, contradictory."""
+def defects_of(record: Record, anchored: bool = True) -> tuple[str, ...]:
+    """What is wrong with a record alone: empty, identical, contradictory.
+
+    `anchored`: whether a cost of 0 may mean safe; costs and safety labels of a pair that disagree then contradict.
+    """
     found = {"contradictory": record.contradictory}
     if isinstance(record, PreferencePair):
+        found["contradictory"] = record.contradictory or (anchored and costs_disagree(record))
         found["empty"] = not (record.chosen.strip() and record.rejected.strip())
         found["identical"] = record.chosen == record.rejected
     else:

@@ -35,6 +35,7 @@ class PrepareSettings:
     streaming: bool = False
     seed: int = 0
     limit: int | None = None
+    anchored_costs: bool | None = None
     cache_dir: str | None = None
 
     @property
