@@ -65,10 +65,11 @@ ROOMS = {
     "data.sampler": ("", "torch"),
     "data.table": ("data.batch data.records", "numpy pyarrow"),
     "data.cache": ("checkpoint data.records", "filelock"),
-    "data.ledger": ("data.columns data.formats data.quality data.readers data.records", ""),
+    "data.relabel": ("data.records", ""),
+    "data.ledger": ("data.columns data.formats data.quality data.readers data.records data.relabel", ""),
     "data.statistics": ("data.records data.table", "numpy"),
     "data.settings": (
-        "checkpoint data.quality data.readers data.template data.tokenize",
+        "checkpoint data.quality data.readers data.relabel data.template data.tokenize",
         "transformers",
     ),
     "data.prepare": (
@@ -77,7 +78,7 @@ ROOMS = {
         "transformers",
     ),
     "data.datamodule": (
-        "data.batch data.prepare data.quality data.records data.sampler data.settings data.statistics data.table "
+        "data.batch data.prepare data.quality data.records data.relabel data.sampler data.settings data.statistics data.table "
         "data.tokenize",
         "numpy torch lightning transformers",
     ),

@@ -19,6 +19,7 @@ from rsa_lightning.data.batch import PaddingSide, PreferenceBatch, collate
 from rsa_lightning.data.prepare import Prepared, prepare
 from rsa_lightning.data.quality import Defects
 from rsa_lightning.data.records import FormatError, Prompt
+from rsa_lightning.data.relabel import Relabel, as_relabel
 from rsa_lightning.data.sampler import PairBatches, even_batches
 from rsa_lightning.data.settings import PrepareSettings
 from rsa_lightning.data.statistics import summary
@@ -70,6 +71,8 @@ class PreferenceData(L.LightningDataModule):
             trained to tell safe from unsafe by its sign, and not for one that is known up to a constant per prompt
             (Bradley-Terry). Default: yes for pku; for other formats, where every pair with costs has both safety
             labels and they agree. A pair whose labels disagree is contradictory, unless this is false.
+        relabel: pairs are swapped, given offsets or left out before they are judged: SafeDPO; null takes them as they
+            are.
         cache_dir: where examples are kept, for any run with the same data and settings; null keeps none.
     """
 
@@ -99,6 +102,7 @@ class PreferenceData(L.LightningDataModule):
         validation_split: str | None = None,
         streaming: bool = False,
         anchored_costs: bool | None = None,
+        relabel: Relabel | None = None,
         cache_dir: str | None = CACHE,
     ):
         super().__init__()
@@ -131,6 +135,7 @@ class PreferenceData(L.LightningDataModule):
             seed=seed,
             limit=limit,
             anchored_costs=anchored_costs,
+            relabel=as_relabel(relabel),
             cache_dir=cache_dir,
         )
         self.tokenizer_name, self.seed, self.length_bucketing = tokenizer, seed, length_bucketing

@@ -183,7 +183,9 @@ def split(settings: PrepareSettings, ledger: Ledger) -> Sides:
 
     def read(sources: Sequence[Source]) -> list[Record]:
         options = settings.format, settings.criterion, settings.limit, ledger
-        return [record for source in sources for record in read_records(source, *options, place[source])]
+        return [
+            record for source in sources for record in read_records(source, *options, place[source], settings.relabel)
+        ]
 
     anchored = settings.anchored_costs is not False
     records = sift(read(settings.sources), keys, ledger, anchored)

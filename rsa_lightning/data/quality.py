@@ -29,7 +29,8 @@ class Defects:
         wrong_type: the row is not of the format, or its line cannot be read.
         contaminated: a human turn of the prompt is an evaluation prompt.
         unusable: every other defect, by the name it is counted under (human_last, no_prompt, tied, ...).
-        max_dropped: largest share of the rows that may be dropped; contaminated rows are not counted.
+        max_dropped: largest share of the rows that may be dropped; contaminated rows are not counted, nor what a
+            relabelling leaves out.
     """
 
     empty: Policy = "drop"
@@ -53,17 +54,21 @@ class Defects:
 
     def policy(self, reason: str) -> Policy:
         """What to do with rows that have the defect `reason`."""
+        if reason in INTENDED:
+            return "drop"
         name = reason if reason in POLICIES else "unusable"
         return getattr(self, name)
 
 
 POLICIES = [field.name for field in dataclasses.fields(Defects) if field.name != "max_dropped"]
+INTENDED = ("both_unsafe",)  # what a relabelling leaves out: no fault of the data, and always dropped
 WITHOUT_KEEP = ("prompt_mismatch", "wrong_type", "unusable")  # of these rows there is nothing to keep
 
 # what is wrong with a row that cannot be used, and what to do about it; its name alone says too little
 WHY = {
     "already_rendered": "the prompt is a Human/Assistant transcript, and would be framed twice: remove template",
     "assistant_last": "the prompt ends with the assistant: end it with the user",
+    "both_unsafe": "both responses are unsafe: there is none to prefer, and relabel leaves the pair out",
     "control_token": "a text contains a control token of the tokenizer or template: take it out of the text",
     "human_last": "the dialogue ends with the human, so there is no reply to rate: end it with the assistant",
     "no_prompt": "nothing tells where the prompt ends, or the user says nothing in it: add a column 'prompt'",
