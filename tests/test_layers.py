@@ -50,6 +50,7 @@ ROOMS = {
     "temperatures": ("", ""),
     "transforms": ("", "torch jaxtyping"),
     "cost_labels": ("data.batch data.table losses transforms", "torch numpy jaxtyping"),
+    "legacy": ("kernels.risk", "torch jaxtyping"),
     "stories": ("", "torch"),
     "world": ("kernels evaluation evaluation.tail", "torch jaxtyping"),
     "tabular": ("kernels losses world", "torch jaxtyping"),
@@ -116,7 +117,7 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config losses models reference supervised stages transforms data.datamodule",
+        "callbacks config legacy losses models reference supervised stages transforms data.datamodule",
         "lightning",
     ),
     "preparation": ("checkpoint config data.datamodule data.prepare fit pipeline plan", "rich"),
