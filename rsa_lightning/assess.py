@@ -96,6 +96,7 @@ class Assessment:
                     "start": entry["start"],
                     "loss": _shown(settings["loss"]) if beta else "",
                     "risk": _shown(settings["risk"]) if beta else "",
+                    "labels": _labels(settings.get("cost_transform"), entry.get("label_scale")),
                     "temperature": beta,
                     "trained": _trained(entry["inputs"].get("adapter")),
                     "training pairs": str(entry["data"]["train_pairs"]),
@@ -201,6 +202,11 @@ def _trained(adapter: Mapping[str, Any] | None) -> str:
     given = ", ".join(f"{key} {value}" for key, value in adapter.items() if key not in ours) or "default settings"
     below = f", {adapter['quantize']} weights below" if adapter["quantize"] else ""
     return f"LoRA ({given}){below}" + (", on frozen adapters" if adapter["handover"] == "stack" else "")
+
+
+def _labels(transform: Any, scale: float | None) -> str:
+    """What a step learns of its pairs: their order, or their costs with the label scale that its temperature holds."""
+    return "" if transform is None else f"{_shown(transform)}, scale {scale:.3g}"
 
 
 def _shown(setting: Any) -> str:

@@ -76,6 +76,8 @@ class Run:
         self.make_inputs()
         alignments = [stage for stage in stages.values() if isinstance(stage, AlignmentStage)]
         assessment.prepare(self._criteria(), self.files.get("prompts"), self.lineage.model(BASE), alignments)
+        for name, stage in stages.items():
+            self._read(name, self.config.steps[name], stage)
         betas = {name: stage.loss.beta for name, stage in stages.items() if isinstance(stage, AlignmentStage)}
         del stages, alignments
         for name, step in self.config.steps.items():
@@ -236,9 +238,11 @@ class Run:
             self._data_modules[key] = data
         return self._data_modules[key]
 
-    def _read(self, name: str, step: StepConfig) -> None:
+    def _read(self, name: str, step: StepConfig, stage: PolicyStage | None = None) -> None:
         try:
-            self.data(step)
+            data = self.data(step)
+            if stage is not None:
+                stage.read_data(data)
         except ValueError as error:
             raise ValueError(f"steps.{name}: {error}") from error
 
@@ -249,6 +253,7 @@ class Run:
             users = [step for step in self.config.steps.values() if source in sources_of(step, self.config.data)[0]]
             if users:
                 options = {**sources_of(users[-1], self.config.data)[1], "source": source}
+                options.pop("relabel", None)  # pairs are judged as their source has labelled them
                 found[source] = self.data(dataclasses.replace(users[-1], data=options))
         return found
 
@@ -307,6 +312,7 @@ class Run:
             start=self.lineage.start(name),
             reference=None if step.kind == "warmup" else self.lineage.reference(name),
             temperature=beta,
+            label_scale=labels.scale if (labels := getattr(cli.model, "labels", None)) else None,
             optimizer_steps=cli.trainer.global_step,
             seconds=round(seconds, 1),
             data=data.report,

@@ -18,6 +18,7 @@ SOURCES = ("demonstrations", "helpful", "safety")
 LOOSE: dict[str, tuple[type, ...]] = {
     "loss": (str, dict),
     "risk": (str, dict),
+    "cost_transform": (str, dict),
     "optimizer": (str, dict),
     "schedule": (str, dict),
     "trainer": (dict,),
@@ -32,6 +33,7 @@ KEYS = """keys of a configuration, each also an option (--lam 4, --steps.safety.
   data.options.KEY                              arguments of PreferenceData, `rsa fit --help` lists them under data
   lora.rank, lora.alpha, ..., handover merge|stack, quantize 4bit|8bit
   steps.NAME.{kind, start, reference, data, loss, risk, temperature, lora, optimizer, schedule, trainer}; null: no step
+  steps.NAME.{cost_transform, label_scale}      of a step of kind safety: MeanCost, Indicator, Hinge, Exponential
   evaluation.{scorer, prompts, sampling.KEY, pairs, resamples, figures, show_examples}
   trainer.KEY                                   arguments of the Lightning Trainer, for all steps
 """
@@ -140,6 +142,8 @@ class StepConfig:
             PreferenceData}; default by kind.
         loss, risk: class paths with init_args, as in `rsa fit`.
         temperature: of this step, instead of the one that beta and lam give.
+        cost_transform, label_scale: as in `rsa fit`, of a safety step that learns from costs; the temperature is then
+            the one above times the label scale.
         lora: settings of this step's adapter over the shared ones; false trains all weights.
         optimizer, schedule: as in `rsa fit`.
         trainer: arguments of the Lightning Trainer, over the shared ones.
@@ -152,6 +156,8 @@ class StepConfig:
     loss: Any = None
     risk: Any = None
     temperature: float | None = None
+    cost_transform: Any = None
+    label_scale: float | None = None
     lora: Any = None
     optimizer: Any = None
     schedule: Any = None
@@ -246,6 +252,9 @@ def _check_order(config: AlignConfig) -> None:
             for key in ("reference", "loss", "risk", "temperature"):
                 if getattr(step, key) is not None:
                     raise ValueError(f"steps.{name}.{key}: a warm-up has none; remove it")
+        for key in ("cost_transform", "label_scale"):
+            if step.kind != "safety" and getattr(step, key) is not None:
+                raise ValueError(f"steps.{name}.{key}: only a step of kind safety learns from costs; remove it")
         earlier.append(name)
 
 

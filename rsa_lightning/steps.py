@@ -89,6 +89,8 @@ def fit_config(
             "reference": dict(reference),
             "loss": step.loss,
             "risk": step.risk,
+            "cost_transform": step.cost_transform,
+            "label_scale": step.label_scale,
         }
         if step.temperature is None:
             arguments |= {"beta": config.beta, "lam": config.lam, "parametrization": config.parametrization}

@@ -27,6 +27,7 @@ from jaxtyping import install_import_hook
 # Not rsa_kernels: torch.compile cannot trace the checks.
 SHAPE_CHECKED = [
     "rsa_lightning.losses",
+    "rsa_lightning.transforms",
     "rsa_lightning.evaluation.tail",
     "rsa_lightning.world",
     "rsa_lightning.tabular",

@@ -48,6 +48,9 @@ ROOMS = {
     "__main__": ("cli", ""),
     "losses": ("kernels.risk", "torch jaxtyping"),
     "temperatures": ("", ""),
+    "transforms": ("", "torch jaxtyping"),
+    "cost_labels": ("data.batch data.table losses transforms", "torch numpy jaxtyping"),
+    "legacy": ("kernels.risk", "torch jaxtyping"),
     "stories": ("", "torch"),
     "world": ("kernels evaluation evaluation.tail", "torch jaxtyping"),
     "tabular": ("kernels losses world", "torch jaxtyping"),
@@ -65,10 +68,11 @@ ROOMS = {
     "data.sampler": ("", "torch"),
     "data.table": ("data.batch data.records", "numpy pyarrow"),
     "data.cache": ("checkpoint data.records", "filelock"),
-    "data.ledger": ("data.columns data.formats data.quality data.readers data.records", ""),
+    "data.relabel": ("data.records", ""),
+    "data.ledger": ("data.columns data.formats data.quality data.readers data.records data.relabel", ""),
     "data.statistics": ("data.records data.table", "numpy"),
     "data.settings": (
-        "checkpoint data.quality data.readers data.template data.tokenize",
+        "checkpoint data.quality data.readers data.relabel data.template data.tokenize",
         "transformers",
     ),
     "data.prepare": (
@@ -77,7 +81,7 @@ ROOMS = {
         "transformers",
     ),
     "data.datamodule": (
-        "data.batch data.prepare data.quality data.records data.sampler data.settings data.statistics data.table "
+        "data.batch data.prepare data.quality data.records data.relabel data.sampler data.settings data.statistics data.table "
         "data.tokenize",
         "numpy torch lightning transformers",
     ),
@@ -88,9 +92,9 @@ ROOMS = {
     ),
     "reference": ("adapters models data.batch", "torch"),
     "optim": ("", "torch transformers"),
-    "metrics": ("", "torch torchmetrics jaxtyping"),
+    "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "stages": (
-        "kernels adapters data.batch losses metrics models optim reference temperatures",
+        "kernels adapters cost_labels data.batch losses metrics models optim reference temperatures transforms",
         "torch lightning jaxtyping",
     ),
     "supervised": ("kernels data.batch models optim stages", "torch"),
@@ -112,7 +116,10 @@ ROOMS = {
         "checkpoint evaluation evaluation.tail evaluation.samples evaluation.figures evaluation.wording",
         "torch rich",
     ),
-    "fit": ("callbacks config losses models reference supervised stages data.datamodule", "lightning"),
+    "fit": (
+        "callbacks config legacy losses models reference supervised stages transforms data.datamodule",
+        "lightning",
+    ),
     "preparation": ("checkpoint config data.datamodule data.prepare fit pipeline plan", "rich"),
     "hub": ("parsing", "huggingface_hub"),
     "plan": ("evaluation.generate models parsing temperatures", "jsonargparse"),
