@@ -63,11 +63,16 @@ def run(folder: Path, seeds: Sequence[int], methods: Sequence[Method]) -> None:
     """Fills folder/SEED/METHOD.json with what is missing, method by method: the cheap ones are complete first."""
     for method in methods:
         for seed in seeds:
-            path = folder / str(seed) / f"{re.sub('[^a-z0-9]+', '_', method.name.lower())}.json"
+            path = file_of(folder, seed, method.name)
             if not path.exists() or json.loads(path.read_text())["method"] != fingerprint(method):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, {"method": fingerprint(method), "points": records(world_of(seed), method)})
         print(f"{method.name}: {len(seeds)} worlds", flush=True)
+
+
+def file_of(folder: Path, seed: int, name: str) -> Path:
+    """Where the records of one method on one world are."""
+    return folder / str(seed) / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
 
 
 def fingerprint(method: Method) -> dict[str, Any]:
