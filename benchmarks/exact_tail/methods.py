@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
-from rsa_lightning.legacy import LegacyCVaR
 from torch import Tensor
 
+from rsa_lightning.legacy import LegacyCVaR
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, PreferenceLoss
 from rsa_lightning.tabular import bradley_terry, pair_objective, rated_objective, settle
 from rsa_lightning.temperatures import stage_betas
