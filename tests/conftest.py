@@ -25,7 +25,12 @@ from jaxtyping import install_import_hook
 
 # shapes and dtypes in the signatures of these modules are checked in every test; before anything imports them.
 # Not rsa_kernels: torch.compile cannot trace the checks.
-SHAPE_CHECKED = ["rsa_lightning.losses", "rsa_lightning.evaluation.tail"]
+SHAPE_CHECKED = [
+    "rsa_lightning.losses",
+    "rsa_lightning.evaluation.tail",
+    "rsa_lightning.dual",
+    "rsa_lightning.tail_dual",
+]
 install_import_hook(SHAPE_CHECKED, "shapes.check")
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402

@@ -49,6 +49,8 @@ ROOMS = {
     "losses": ("kernels.risk", "torch jaxtyping"),
     "temperatures": ("", ""),
     "stories": ("", "torch"),
+    "dual": ("", "torch jaxtyping"),
+    "tail_dual": ("dual evaluation.tail", "torch jaxtyping"),
     "data": ("", ""),
     "data.records": ("", ""),
     "data.columns": ("data.records", ""),
