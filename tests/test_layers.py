@@ -128,7 +128,11 @@ ROOMS = {
         "steps stories",
         "lightning rich",
     ),
-    "cli": ("config fit parsing pipeline plan preparation", "transformers"),
+    "budget": (
+        "checkpoint config dual evaluation.samples evaluation.wording manifest tail_dual temperatures",
+        "torch rich",
+    ),
+    "cli": ("budget config fit parsing pipeline plan preparation", "transformers"),
 }
 
 
