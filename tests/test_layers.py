@@ -97,6 +97,7 @@ ROOMS = {
     "callbacks": ("adapters checkpoint models stages", "lightning"),
     "checkpoint": ("", ""),
     "manifest": ("checkpoint", ""),
+    "sharing": ("checkpoint manifest", ""),
     "config": ("", "yaml"),
     "parsing": ("", ""),
     "evaluation": ("", ""),
@@ -117,15 +118,15 @@ ROOMS = {
     "hub": ("parsing", "huggingface_hub"),
     "plan": ("evaluation.generate models parsing temperatures", "jsonargparse"),
     "steps": ("config plan", ""),
-    "lineage": ("plan steps", ""),
+    "lineage": ("adapters checkpoint plan steps", ""),
     "assess": (
         "kernels checkpoint data.datamodule data.records data.readers data.tokenize manifest plan stages evaluation.figures "
         "evaluation.generate evaluation.preference evaluation.report evaluation.score",
         "torch rich",
     ),
     "pipeline": (
-        "adapters assess checkpoint data.datamodule data.formats data.readers data.tokenize fit hub lineage manifest models parsing plan stages "
-        "steps stories",
+        "assess checkpoint data.datamodule data.formats data.readers data.tokenize fit hub lineage manifest models parsing plan sharing "
+        "stages steps stories",
         "lightning rich",
     ),
     "budget": (
