@@ -16,6 +16,8 @@ USAGE = """usage: rsa COMMAND [options]
       the data of a configuration: checked, reported and tokenised into the cache, before any training
   rsa dual --samples RUN/reward/samples.jsonl --budget X | --cvar-budget X [--tail A] | --chance T P [--write LAYER]
       the multiplier that a budget of the cost asks for, from sampled answers alone; `rsa dual --help`
+  rsa sweep -c FILE [-c LAYER ...] [--output DIR] [--KEY VALUE ...]
+      runs of rsa align over a grid of settings, equal steps trained once; table, Pareto front, selection
 
 Configurations are code: their class paths are imported. Run only those you trust.
 """
@@ -42,17 +44,23 @@ def main(argv: list[str] | None = None) -> int:
             from rsa_lightning.budget import main as dual
 
             return dual(arguments[1:])
+        if command == "sweep":
+            from rsa_lightning.sweep import main as sweep
+
+            _quiet_lightning()
+            _no_weight_bars()
+            return sweep(arguments[1:])
         if command in ("fit", "validate", "test"):
             from rsa_lightning.fit import FitCLI
 
             _no_weight_bars()
             FitCLI(arguments)
             return 0
-        raise ValueError(f"unknown command {command!r}: choose align, dual, prepare, fit, validate or test")
+        raise ValueError(f"unknown command {command!r}: choose align, sweep, dual, prepare, fit, validate or test")
     except KeyboardInterrupt:
         hint = (
             "the same command continues where it stopped"
-            if command in ("align",)
+            if command in ("align", "sweep")
             else "nothing half-made is left"
         )
         print(f"rsa: interrupted; {hint}", file=sys.stderr)

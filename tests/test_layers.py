@@ -107,11 +107,16 @@ ROOMS = {
     "evaluation.score": ("checkpoint evaluation.samples", ""),
     "evaluation.reward_models": ("data.records data.tokenize", "torch transformers safetensors"),
     "evaluation.preference": ("kernels data.tokenize evaluation.tail models", "torch"),
-    "evaluation.figures": ("evaluation.tail", "torch matplotlib"),
+    "evaluation.frontier": ("evaluation.tail", "torch"),
+    "evaluation.figures": ("evaluation.frontier evaluation.tail", "torch matplotlib"),
     "evaluation.wording": ("evaluation.samples", ""),
     "evaluation.report": (
         "checkpoint evaluation evaluation.tail evaluation.samples evaluation.figures evaluation.wording",
         "torch rich",
+    ),
+    "evaluation.comparison": (
+        "checkpoint evaluation.figures evaluation.frontier evaluation.report evaluation.samples evaluation.wording",
+        "rich",
     ),
     "fit": ("callbacks config losses models reference supervised stages data.datamodule", "lightning"),
     "preparation": ("checkpoint config data.datamodule data.prepare fit pipeline plan", "rich"),
@@ -133,7 +138,11 @@ ROOMS = {
         "checkpoint config dual evaluation.samples evaluation.wording manifest tail_dual temperatures",
         "torch rich",
     ),
-    "cli": ("budget config fit parsing pipeline plan preparation", "transformers"),
+    "sweep": (
+        "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
+        "rich",
+    ),
+    "cli": ("budget config fit parsing pipeline plan preparation sweep", "transformers"),
 }
 
 
