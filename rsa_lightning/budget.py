@@ -2,6 +2,9 @@
 
 The layer sets `steps.NAME.temperature`, β / λ, and not `lam`: it then holds whatever beta, lam and parametrization the
 other layers have, and no other step is trained again.
+
+λ is that of the Gibbs policy of the sampled costs. A step that is trained on pairs learns the cost behind the pairs, in
+whose unit Bradley-Terry preferences are logistic, and as far as data and training reach: measure what it came to.
 """
 
 import argparse
@@ -64,7 +67,8 @@ def main(arguments: list[str], console: Console | None = None) -> int:
     found = _estimate(asked, answers, beta)
     dual = found.dual if isinstance(found, TailEstimate) else found
     notes += found.warnings
-    table = Table(title=f"{asked.samples}", title_justify="left", show_header=False)
+    table = Table(title=str(asked.samples), title_justify="left", show_header=False)
+    table.add_column(style="bold")
     for what, value in lines(asked, answers, found):
         table.add_row(what, value)
     console.print(table)
@@ -116,7 +120,10 @@ def lines(asked: argparse.Namespace, answers: Answers, found: DualEstimate | Tai
     rows = [
         ("answers", f"{len(answers.costs)} to {answers.prompt_count} prompts{left_out}"),
         ("budget", _budget(asked)),
-        ("as sampled", number(found.before if isinstance(found, TailEstimate) else dual.before, percent=percent)),
+        (
+            "as sampled, the other half" if isinstance(found, TailEstimate) else "as sampled",
+            number(found.before if isinstance(found, TailEstimate) else dual.before, percent=percent),
+        ),
         ("outcome", _outcome(dual)),
     ]
     if dual.status != "found":
@@ -127,6 +134,7 @@ def lines(asked: argparse.Namespace, answers: Answers, found: DualEstimate | Tai
         (
             "effective answers per prompt",
             f"{dual.effective_mean:.1f} on average, at least {dual.effective_min:.1f}"
+            f"{', of the fitted half' if isinstance(found, TailEstimate) else ''}"
             f" (variance of the weights {dual.weight_variance:.2f})",
         ),
     ]
