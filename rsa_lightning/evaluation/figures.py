@@ -150,7 +150,8 @@ def frontier(models: Sequence[Mapping[str, Any]], chosen: Sequence[str], path: P
     for ax, (title, label, cost_of) in zip(axes, SIDES, strict=True):
         points = [(cost_of(model)[0], model["reward_mean"]) for model in known]
         front = pareto_front([y for _, y in points], [x for x, _ in points])
-        ax.plot(*zip(*(points[i] for i in front), strict=True), color=COLOURS[0], drawstyle="steps-post", zorder=2)
+        stairs = {"color": "#777777", "linewidth": 1.2, "linestyle": "--", "drawstyle": "steps-post"}
+        ax.plot(*zip(*(points[i] for i in front), strict=True), **stairs, zorder=2)
         for i, (model, (x, y)) in enumerate(zip(known, points, strict=True)):
             ax.errorbar(
                 x, y, xerr=_bars(x, cost_of(model)[1]), yerr=_bars(y, model["ci95"]["reward_mean"]), marker="o",
