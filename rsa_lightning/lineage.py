@@ -1,9 +1,12 @@
 """Which model each step of a run starts from and stays near, and where it stands."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rsa_lightning.adapters import WEIGHTS
+from rsa_lightning.checkpoint import file_hash
 from rsa_lightning.plan import BASE, AlignConfig
 from rsa_lightning.steps import adapter_of
 
@@ -73,3 +76,16 @@ class Lineage:
             return self.model(name), []
         model, below = self._stack(self.start(name))
         return model, [*below, str(self.folder / name / "adapter")]
+
+
+def adapter_inputs(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a step's adapter, of its PolicySpec; adapters by the hashes of their weights."""
+    lora = policy["lora"]
+    continued = [lora["start"]] if lora.get("start") else []
+    return {
+        **lora,
+        "start": None,  # resolved below, like the frozen ones
+        "quantize": policy["quantize"],
+        "handover": "stack" if policy["adapters"] else "merge",
+        "weights": [file_hash(Path(folder) / WEIGHTS) for folder in (*policy["adapters"], *continued)],
+    }

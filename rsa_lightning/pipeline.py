@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from rsa_lightning import stories
-from rsa_lightning.adapters import WEIGHTS
 from rsa_lightning.assess import Assessment
-from rsa_lightning.checkpoint import file_hash, folder_hashes, key_of, write_text
+from rsa_lightning.checkpoint import folder_hashes, key_of, write_text
 from rsa_lightning.data.datamodule import PreferenceData, summary
 from rsa_lightning.data.formats import CRITERIA as TWO_LABELS
 from rsa_lightning.data.readers import Source, fingerprint
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.fit import FitCLI
 from rsa_lightning.hub import FILES, WORDS, is_hub_name, snapshot
-from rsa_lightning.lineage import Lineage
+from rsa_lightning.lineage import Lineage, adapter_inputs
 from rsa_lightning.manifest import Manifest
 from rsa_lightning.models import PolicySpec, check_spec, load_policy, save_policy
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.plan import BASE, SOURCES, AlignConfig, StepConfig, read_config
+from rsa_lightning.sharing import take_over
 from rsa_lightning.stages import AlignmentStage, PolicyStage
 from rsa_lightning.steps import CRITERIA, check_adapters, fit_config, sources_of
 
@@ -45,23 +45,26 @@ PACKAGES = ("rsa_lightning", "torch", "lightning", "transformers", "torchmetrics
 DISPLAY = ("log_every_n_steps", "logger", "enable_progress_bar", "enable_model_summary", "profiler")
 
 
-def align(config: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
+def align(config: Mapping[str, Any], console: Console | None = None, donors: Sequence[Path] = ()) -> dict[str, Any]:
     """Runs what a merged configuration asks for and returns the content of results.json.
 
-    Finished steps whose configuration, data and start are unchanged are reused; every decision is printed.
+    Finished steps whose configuration, data and start are unchanged are reused; every decision is printed. Equal steps
+    of other runs, `donors`, are taken over.
 
     Raises:
         ValueError, FileNotFoundError: in the configuration, before anything is written; in the data, before anything is
             trained.
     """
-    return Run(read_config(config), dict(config), console or Console()).execute()
+    return Run(read_config(config), dict(config), console or Console(), donors).execute()
 
 
 class Run:
     """One run directory and the steps that fill it."""
 
-    def __init__(self, config: AlignConfig, given: dict[str, Any], console: Console) -> None:
-        self.config, self.given, self.console = config, given, console
+    def __init__(
+        self, config: AlignConfig, given: dict[str, Any], console: Console, donors: Sequence[Path] = ()
+    ) -> None:
+        self.config, self.given, self.console, self.donors = config, given, console, donors
         self.folder = Path(config.output)
         self.inputs = self.folder / "inputs"
         self.manifest = Manifest(self.folder)
@@ -290,12 +293,20 @@ class Run:
         if why is None:
             self.console.print(f"[bold]{name}[/]: reused (same configuration, data and start)")
             return
+        lineage = {
+            "start": self.lineage.start(name),
+            "reference": None if step.kind == "warmup" else self.lineage.reference(name),
+        }
+        if donor := take_over(self.manifest, name, inputs, self.donors, **lineage):
+            self._write_config(name, self._build(name))
+            self.console.print(f"[bold]{name}[/]: taken over from {donor} (same configuration, data and start)")
+            return
         self.console.print(f"[bold]{name}[/]: {why}; {summary(data.report)}", soft_wrap=True)
         self.manifest.forget(name)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         cli = self._build(name)
-        write_text(folder / "config.yaml", f"# Run:  rsa fit -c {folder / 'config.yaml'}\n{cli.dump()}")
+        self._write_config(name, cli)
         L.seed_everything(self.config.seed, verbose=False)
         started = time.perf_counter()
         _fit(cli, data)
@@ -309,8 +320,7 @@ class Run:
             inputs,
             folder / "model",
             kind=step.kind,
-            start=self.lineage.start(name),
-            reference=None if step.kind == "warmup" else self.lineage.reference(name),
+            **lineage,
             temperature=beta,
             label_scale=labels.scale if (labels := getattr(cli.model, "labels", None)) else None,
             optimizer_steps=cli.trainer.global_step,
@@ -322,6 +332,10 @@ class Run:
         data.trainer = None  # it holds the policy, the reference and the optimizer
         del cli
         gc.collect()
+
+    def _write_config(self, name: str, cli: FitCLI) -> None:
+        path = self.folder / name / "config.yaml"
+        write_text(path, f"# Run:  rsa fit -c {path}\n{cli.dump()}")
 
     def _inputs_of(self, name: str, step: StepConfig, beta: float | None, data: PreferenceData) -> dict[str, Any]:
         """Everything that decides a step's model; paths are replaced by the hashes of what they hold."""
@@ -342,23 +356,12 @@ class Run:
             "seed": self.config.seed,
             "data": {**arguments, "sha256": list(data.report["sha256"].values())},
             "tokenizer": key_of(folder_hashes(self.tokenizer)),
-            "adapter": None if policy["lora"] is None else self._adapter_inputs(policy),
+            "adapter": None if policy["lora"] is None else adapter_inputs(policy),
             "lineage": [
                 key_of(folder_hashes(self.lineage.model(target)))
                 for target in ([start] if step.kind == "warmup" else [start, reference])
             ],
             "version": version("rsa_lightning"),
-        }
-
-    def _adapter_inputs(self, policy: Mapping[str, Any]) -> dict[str, Any]:
-        lora = policy["lora"]
-        continued = [lora["start"]] if lora.get("start") else []
-        return {
-            **lora,
-            "start": None,  # resolved below, like the frozen ones
-            "quantize": policy["quantize"],
-            "handover": "stack" if policy["adapters"] else "merge",
-            "weights": [file_hash(Path(folder) / WEIGHTS) for folder in (*policy["adapters"], *continued)],
         }
 
 

@@ -31,6 +31,8 @@ SHAPE_CHECKED = [
     "rsa_lightning.evaluation.tail",
     "rsa_lightning.world",
     "rsa_lightning.tabular",
+    "rsa_lightning.dual",
+    "rsa_lightning.tail_dual",
 ]
 install_import_hook(SHAPE_CHECKED, "shapes.check")
 

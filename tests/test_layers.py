@@ -54,6 +54,8 @@ ROOMS = {
     "stories": ("", "torch"),
     "world": ("kernels evaluation evaluation.tail", "torch jaxtyping"),
     "tabular": ("kernels losses world", "torch jaxtyping"),
+    "dual": ("", "torch jaxtyping"),
+    "tail_dual": ("dual evaluation.tail", "torch jaxtyping"),
     "data": ("", ""),
     "data.records": ("", ""),
     "data.columns": ("data.records", ""),
@@ -101,6 +103,7 @@ ROOMS = {
     "callbacks": ("adapters checkpoint models stages", "lightning"),
     "checkpoint": ("", ""),
     "manifest": ("checkpoint", ""),
+    "sharing": ("checkpoint manifest", ""),
     "config": ("", "yaml"),
     "parsing": ("", ""),
     "evaluation": ("", ""),
@@ -110,7 +113,8 @@ ROOMS = {
     "evaluation.score": ("checkpoint evaluation.samples", ""),
     "evaluation.reward_models": ("data.records data.tokenize", "torch transformers safetensors"),
     "evaluation.preference": ("kernels data.tokenize evaluation.tail models", "torch"),
-    "evaluation.figures": ("evaluation.tail", "torch matplotlib"),
+    "evaluation.frontier": ("evaluation.tail", "torch"),
+    "evaluation.figures": ("evaluation.frontier evaluation.tail", "torch matplotlib"),
     "evaluation.wording": ("evaluation.samples", ""),
     "evaluation.report": (
         "checkpoint evaluation evaluation.tail evaluation.samples evaluation.figures evaluation.wording",
@@ -120,22 +124,34 @@ ROOMS = {
         "callbacks config legacy losses models reference supervised stages transforms data.datamodule",
         "lightning",
     ),
+    "evaluation.comparison": (
+        "checkpoint evaluation.figures evaluation.frontier evaluation.report evaluation.samples evaluation.wording",
+        "rich",
+    ),
     "preparation": ("checkpoint config data.datamodule data.prepare fit pipeline plan", "rich"),
     "hub": ("parsing", "huggingface_hub"),
     "plan": ("evaluation.generate models parsing temperatures", "jsonargparse"),
     "steps": ("config plan", ""),
-    "lineage": ("plan steps", ""),
+    "lineage": ("adapters checkpoint plan steps", ""),
     "assess": (
         "kernels checkpoint data.datamodule data.records data.readers data.tokenize manifest plan stages evaluation.figures "
         "evaluation.generate evaluation.preference evaluation.report evaluation.score",
         "torch rich",
     ),
     "pipeline": (
-        "adapters assess checkpoint data.datamodule data.formats data.readers data.tokenize fit hub lineage manifest models parsing plan stages "
-        "steps stories",
+        "assess checkpoint data.datamodule data.formats data.readers data.tokenize fit hub lineage manifest models parsing plan sharing "
+        "stages steps stories",
         "lightning rich",
     ),
-    "cli": ("config fit parsing pipeline plan preparation", "transformers"),
+    "budget": (
+        "checkpoint config dual evaluation.samples evaluation.wording manifest tail_dual temperatures",
+        "torch rich",
+    ),
+    "sweep": (
+        "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
+        "rich",
+    ),
+    "cli": ("budget config fit parsing pipeline plan preparation sweep", "transformers"),
 }
 
 

@@ -16,27 +16,43 @@ SAFETY = BETA / LAM
 SCALED = None  # s * beta / lam, with s of the data: checked against the scale that the run notes
 
 # method -> its steps after the warm-up, with the temperature of those that train
+SINGLE = {"reward": BETA}
+STEPWISE = {"reward": BETA, "safety": SAFETY}
+MERGED = {"reward": BETA, "safety": BETA / CONSERVATIVE, "merged": "merge"}
+ON_COSTS = {"reward": BETA, "safety": SCALED}
 STEPS: dict[str, dict[str, float | str | None]] = {
-    **dict.fromkeys(
-        ("dpo_helpful", "kto", "ipo", "cdpo", "tdpo1", "tdpo2", "ra_dpo1", "ra_dpo2", "ra_dpo_published", "safe_dpo"),
-        {"reward": BETA},
-    ),
+    "dpo_helpful": SINGLE,
+    "kto": SINGLE,
+    "ipo": SINGLE,
+    "cdpo": SINGLE,
+    "tdpo1": SINGLE,
+    "tdpo2": SINGLE,
+    "ra_dpo1": SINGLE,
+    "ra_dpo2": SINGLE,
+    "ra_dpo_published": SINGLE,
+    "safe_dpo": SINGLE,
     "dpo_safety": {"safety": BETA},
-    **dict.fromkeys(
-        ("sacpo", "sacpo_dpo_kto", "sacpo_kto_dpo", "tdpo2_stepwise", "rsa1_cvar", "rsa2_cvar", "rsa1_erm", "rsa2_erm"),
-        {"reward": BETA, "safety": SAFETY},
-    ),
+    "sacpo": STEPWISE,
+    "sacpo_dpo_kto": STEPWISE,
+    "sacpo_kto_dpo": STEPWISE,
+    "tdpo2_stepwise": STEPWISE,
+    "rsa1_cvar": STEPWISE,
+    "rsa2_cvar": STEPWISE,
+    "rsa1_erm": STEPWISE,
+    "rsa2_erm": STEPWISE,
     "sacpo_safety_first": {"safety": SAFETY, "helpful": BETA},
-    **dict.fromkeys(
-        ("p_sacpo", "rsa_p_merge", "rsa_p_adapter"),
-        {"reward": BETA, "safety": BETA / CONSERVATIVE, "merged": "merge"},
-    ),
+    "p_sacpo": MERGED,
+    "rsa_p_merge": MERGED,
+    "rsa_p_adapter": MERGED,
     "rsa_p_mix": {"reward": BETA, "safety": BETA / CONSERVATIVE, "mixed": "mix"},
     "naive_merge": {"reward": BETA, "safety": BETA, "merged": "merge"},
     "parallel": {"reward": BETA, "safety": SAFETY, "combined": "mix"},
     "mocan": {"labels": "label", "one_shot": BETA},
     "pecan": {"reward": BETA, "safety": BETA, "labels": "label", "one_shot": BETA},
-    **dict.fromkeys(("mean_cost", "chance", "hinge", "entropic"), {"reward": BETA, "safety": SCALED}),
+    "mean_cost": ON_COSTS,
+    "chance": ON_COSTS,
+    "hinge": ON_COSTS,
+    "entropic": ON_COSTS,
 }
 TINY = {
     "model.config.hidden_size": 32,
