@@ -299,7 +299,8 @@ class Run:
         }
         if donor := take_over(self.manifest, name, inputs, self.donors, **lineage):
             self._write_config(name, self._build(name))
-            self.console.print(f"[bold]{name}[/]: taken over from {donor} (same configuration, data and start)")
+            told = f"[bold]{name}[/]: taken over from {donor} (same configuration, data and start)"
+            self.console.print(told, soft_wrap=True)
             return
         self.console.print(f"[bold]{name}[/]: {why}; {summary(data.report)}", soft_wrap=True)
         self.manifest.forget(name)
