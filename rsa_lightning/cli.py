@@ -14,6 +14,10 @@ USAGE = """usage: rsa COMMAND [options]
       one stage, as a LightningCLI; `rsa fit --help` lists every key
   rsa prepare -c FILE [-c LAYER ...] [--report FILE] [--KEY.SUBKEY VALUE ...]
       the data of a configuration: checked, reported and tokenised into the cache, before any training
+  rsa merge --models A B [C ...] (--weights W ... | --ratios Q ...) --output DIR
+      a weighted average of models; with ratios DIR/Q = (1 - Q) * A + Q * B for each
+  rsa merge --adapter FOLDER --scale Q [--base MODEL] --output DIR
+      an adapter times Q, which averages the models without and with it exactly; with --base the model that it makes
 
 Configurations are code: their class paths are imported. Run only those you trust.
 """
@@ -36,13 +40,19 @@ def main(argv: list[str] | None = None) -> int:
             _quiet_lightning()
             prepare(arguments[1:])
             return 0
+        if command == "merge":
+            from rsa_lightning.merge import main as merge
+
+            _no_weight_bars()
+            merge(arguments[1:])
+            return 0
         if command in ("fit", "validate", "test"):
             from rsa_lightning.fit import FitCLI
 
             _no_weight_bars()
             FitCLI(arguments)
             return 0
-        raise ValueError(f"unknown command {command!r}: choose align, prepare, fit, validate or test")
+        raise ValueError(f"unknown command {command!r}: choose align, prepare, merge, fit, validate or test")
     except KeyboardInterrupt:
         hint = "the same command continues where it stopped" if command == "align" else "nothing half-made is left"
         print(f"rsa: interrupted; {hint}", file=sys.stderr)

@@ -84,6 +84,9 @@ ROOMS = {
         "kernels adapters checkpoint data.batch parsing",
         "torch transformers safetensors jaxtyping",
     ),
+    "weights": ("", ""),
+    "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
+    "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
     "reference": ("adapters models data.batch", "torch"),
     "optim": ("", "torch transformers"),
     "metrics": ("", "torch torchmetrics jaxtyping"),
@@ -126,7 +129,7 @@ ROOMS = {
         "steps stories",
         "lightning rich",
     ),
-    "cli": ("config fit parsing pipeline plan preparation", "transformers"),
+    "cli": ("config fit merge parsing pipeline plan preparation", "transformers"),
 }
 
 
