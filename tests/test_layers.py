@@ -85,6 +85,7 @@ ROOMS = {
         "torch transformers safetensors jaxtyping",
     ),
     "weights": ("", ""),
+    "decoding": ("weights", "torch transformers jaxtyping"),
     "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
     "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
     "reference": ("adapters models data.batch", "torch"),
@@ -103,10 +104,17 @@ ROOMS = {
     "evaluation": ("", ""),
     "evaluation.tail": ("kernels.risk", "torch jaxtyping"),
     "evaluation.samples": ("checkpoint", ""),
-    "evaluation.generate": ("checkpoint data.records data.tokenize evaluation.samples", "torch transformers jaxtyping"),
+    "evaluation.folders": ("data.tokenize decoding weights", "transformers"),
+    "evaluation.generate": (
+        "checkpoint data.records data.tokenize evaluation.folders evaluation.samples",
+        "torch transformers jaxtyping",
+    ),
     "evaluation.score": ("checkpoint evaluation.samples", ""),
     "evaluation.reward_models": ("data.records data.tokenize", "torch transformers safetensors"),
-    "evaluation.preference": ("kernels data.tokenize evaluation.tail models", "torch"),
+    "evaluation.preference": (
+        "kernels data.tokenize decoding evaluation.folders evaluation.tail models",
+        "torch jaxtyping",
+    ),
     "evaluation.figures": ("evaluation.tail", "torch matplotlib"),
     "evaluation.wording": ("evaluation.samples", ""),
     "evaluation.report": (
