@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -255,10 +254,9 @@ def _scaled(key: str, value: Tensor, factor: float) -> Tensor:
     return (value.float() * factor).to(value.dtype).contiguous() if is_b else value.contiguous()
 
 
-def merge_adapter(spec: PolicySpec, adapter: str | Path, tokenizer: str | Path, output: str | Path) -> None:
-    """Writes the model of `spec` with an adapter merged in, in float32. Frozen adapters of the spec lie below it."""
-    policy = load_policy(replace(spec, lora=Lora(start=str(adapter))))
-    save_policy(policy, load_tokenizer(tokenizer), output)
+def merge_adapter(spec: PolicySpec, tokenizer: str | Path, output: str | Path) -> None:
+    """Writes the model of a policy with its adapters merged in, in float32."""
+    save_policy(load_policy(spec), load_tokenizer(tokenizer), output)
 
 
 # ------------------------------------------------------------------ the command
@@ -316,7 +314,8 @@ def _adapter_command(given: argparse.Namespace) -> None:
     check_output(given.output, [given.base, given.adapter])
     with tempfile.TemporaryDirectory() as folder:
         record = scale_adapter(given.adapter, scale, Path(folder) / "adapter", name=given.adapter)
-        merge_adapter(PolicySpec(model=given.base), Path(folder) / "adapter", given.base, given.output)
+        spec = PolicySpec(model=given.base, lora=Lora(start=str(Path(folder) / "adapter")))
+        merge_adapter(spec, given.base, given.output)
     base = {"model": given.base, "sha256": folder_hashes(given.base)}
     write_json(given.output / RECORD, {**record, "members": [base, *record["members"]]})
 

@@ -124,17 +124,28 @@ ROOMS = {
     "fit": ("callbacks config losses models reference supervised stages data.datamodule", "lightning"),
     "preparation": ("checkpoint config data.datamodule data.prepare fit pipeline plan", "rich"),
     "hub": ("parsing", "huggingface_hub"),
-    "plan": ("evaluation.generate models parsing temperatures", "jsonargparse"),
-    "steps": ("config plan", ""),
-    "lineage": ("plan steps", ""),
+    "kinds": ("weights", ""),
+    "plan": ("evaluation.generate kinds models parsing temperatures", "jsonargparse"),
+    "steps": ("config kinds plan", ""),
+    "lineage": ("adapters checkpoint hub models plan steps", ""),
+    "labels": (
+        "checkpoint data.datamodule data.ledger data.prepare data.records data.tokenize evaluation.preference "
+        "evaluation.samples evaluation.score models",
+        "torch",
+    ),
+    "derived": (
+        "adapters checkpoint data.datamodule data.records evaluation.score labels lineage manifest members merge models plan "
+        "steps weights",
+        "torch rich",
+    ),
     "assess": (
         "kernels checkpoint data.datamodule data.records data.readers data.tokenize manifest plan stages evaluation.figures "
-        "evaluation.generate evaluation.preference evaluation.report evaluation.score",
+        "evaluation.folders evaluation.generate evaluation.preference evaluation.report evaluation.score",
         "torch rich",
     ),
     "pipeline": (
-        "adapters assess checkpoint data.datamodule data.formats data.readers data.tokenize fit hub lineage manifest models parsing plan stages "
-        "steps stories",
+        "assess checkpoint data.datamodule data.formats data.readers data.tokenize derived fit hub kinds labels lineage manifest "
+        "models parsing plan stages steps stories",
         "lightning rich",
     ),
     "cli": ("config fit merge parsing pipeline plan preparation", "transformers"),
