@@ -1,17 +1,71 @@
-"""Equal steps are trained once: a run takes over a finished step of another one instead of training it again."""
+"""What decides a step's model, and equal steps trained once: a run takes over a finished step of another one."""
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rsa_lightning.checkpoint import key_of
+from rsa_lightning.checkpoint import folder_hashes, key_of
+from rsa_lightning.lineage import Lineage, adapter_inputs
 from rsa_lightning.manifest import NAME, Manifest
+from rsa_lightning.plan import AlignConfig
 
 FOLDERS = ("model", "adapter")  # linked: nothing changes their files in place
 FILES = ("metrics.csv", "samples.jsonl", "preference.json")  # copied: a logger may append to what it finds
+
+
+# arguments of a Trainer that show what happens and change nothing
+DISPLAY = ("log_every_n_steps", "logger", "enable_progress_bar", "enable_model_summary", "profiler")
+PLACES = (
+    "path",
+    "validation_path",
+    "evaluation_prompts",
+    "tokenizer",
+    "cache_dir",
+)  # told by the hashes of what they hold
+
+
+def trained_inputs(
+    name: str,
+    beta: float | None,
+    config: AlignConfig,
+    lineage: Lineage,
+    tokenizer: str,
+    data: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that decides the model of a step that trains; paths are replaced by the hashes of what they hold.
+
+    Args:
+        beta: the temperature of its loss.
+        tokenizer: its folder.
+        data: arguments of its PreferenceData, whose report says what was read.
+    """
+    step, policy = config.steps[name], lineage.policy(name)
+    settings = dataclasses.asdict(step)
+    trainer = {**config.trainer, **settings.pop("trainer")}
+    for key in ("start", "reference", "data", "temperature", "lora"):  # resolved below
+        settings.pop(key)
+    near = [lineage.start(name)] if step.kind == "warmup" else [lineage.start(name), lineage.reference(name)]
+    return {
+        "step": settings,
+        "temperature": beta,
+        "trainer": {key: value for key, value in trainer.items() if key not in DISPLAY},
+        "model": {"dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code},
+        "seed": config.seed,
+        "data": {
+            **{key: value for key, value in data.items() if key not in PLACES},
+            "sha256": list(report["sha256"].values()),
+        },
+        "tokenizer": key_of(folder_hashes(tokenizer)),
+        "adapter": None if policy["lora"] is None else adapter_inputs(policy),
+        "lineage": [key_of(folder_hashes(lineage.model(target))) for target in near],
+        "version": version("rsa_lightning"),
+    }
 
 
 def take_over(

@@ -92,6 +92,10 @@ ROOMS = {
         "kernels adapters checkpoint data.batch parsing",
         "torch transformers safetensors jaxtyping",
     ),
+    "weights": ("", ""),
+    "decoding": ("weights", "torch transformers jaxtyping"),
+    "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
+    "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
     "reference": ("adapters models data.batch", "torch"),
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
@@ -103,16 +107,23 @@ ROOMS = {
     "callbacks": ("adapters checkpoint models stages", "lightning"),
     "checkpoint": ("", ""),
     "manifest": ("checkpoint", ""),
-    "sharing": ("checkpoint manifest", ""),
+    "sharing": ("checkpoint lineage manifest plan", ""),
     "config": ("", "yaml"),
     "parsing": ("", ""),
     "evaluation": ("", ""),
     "evaluation.tail": ("kernels.risk", "torch jaxtyping"),
     "evaluation.samples": ("checkpoint", ""),
-    "evaluation.generate": ("checkpoint data.records data.tokenize evaluation.samples", "torch transformers jaxtyping"),
+    "evaluation.folders": ("data.tokenize decoding weights", "transformers"),
+    "evaluation.generate": (
+        "checkpoint data.records data.tokenize evaluation.folders evaluation.samples",
+        "torch transformers jaxtyping",
+    ),
     "evaluation.score": ("checkpoint evaluation.samples", ""),
     "evaluation.reward_models": ("data.records data.tokenize", "torch transformers safetensors"),
-    "evaluation.preference": ("kernels data.tokenize evaluation.tail models", "torch"),
+    "evaluation.preference": (
+        "kernels data.tokenize decoding evaluation.folders evaluation.tail models",
+        "torch jaxtyping",
+    ),
     "evaluation.frontier": ("evaluation.tail", "torch"),
     "evaluation.figures": ("evaluation.frontier evaluation.tail", "torch matplotlib"),
     "evaluation.wording": ("evaluation.samples", ""),
@@ -130,17 +141,28 @@ ROOMS = {
     ),
     "preparation": ("checkpoint config data.datamodule data.prepare fit pipeline plan", "rich"),
     "hub": ("parsing", "huggingface_hub"),
-    "plan": ("evaluation.generate models parsing temperatures", "jsonargparse"),
-    "steps": ("config plan", ""),
-    "lineage": ("adapters checkpoint plan steps", ""),
+    "kinds": ("weights", ""),
+    "plan": ("evaluation.generate kinds models parsing temperatures", "jsonargparse"),
+    "steps": ("config kinds plan", ""),
+    "lineage": ("adapters checkpoint hub models plan steps", ""),
+    "labels": (
+        "checkpoint data.datamodule data.ledger data.prepare data.records data.tokenize evaluation.preference "
+        "evaluation.samples evaluation.score models",
+        "torch",
+    ),
+    "derived": (
+        "adapters checkpoint data.datamodule data.records evaluation.score labels lineage manifest members merge models plan "
+        "steps weights",
+        "torch rich",
+    ),
     "assess": (
         "kernels checkpoint data.datamodule data.records data.readers data.tokenize manifest plan stages evaluation.figures "
-        "evaluation.generate evaluation.preference evaluation.report evaluation.score",
+        "evaluation.folders evaluation.generate evaluation.preference evaluation.report evaluation.score",
         "torch rich",
     ),
     "pipeline": (
-        "assess checkpoint data.datamodule data.formats data.readers data.tokenize fit hub lineage manifest models parsing plan sharing "
-        "stages steps stories",
+        "assess checkpoint data.datamodule data.formats data.readers data.tokenize derived fit hub kinds labels lineage manifest "
+        "models parsing plan sharing stages steps stories",
         "lightning rich",
     ),
     "budget": (
@@ -151,7 +173,7 @@ ROOMS = {
         "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
         "rich",
     ),
-    "cli": ("budget config fit parsing pipeline plan preparation sweep", "transformers"),
+    "cli": ("budget config fit merge parsing pipeline plan preparation sweep", "transformers"),
 }
 
 
