@@ -16,7 +16,7 @@ DERIVED = {
 }
 # arguments of PreferenceData about where and how data stand, which pairs that a step has labelled do not need
 LABELLED_ALONE = (
-    *("format", "criterion", "revision", "split", "streaming", "limit"),
+    *("format", "criterion", "relabel", "revision", "split", "streaming", "limit"),
     *("validation_path", "validation_split"),
 )
 

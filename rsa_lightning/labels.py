@@ -117,7 +117,8 @@ def weigh_by_models(
 def labelled_rows(
     pairs: Sequence[PreferencePair], weighed: Weighed, targets: bool = True
 ) -> list[dict[str, Any] | None]:
-    """A row of format trl for every pair, None for one without w. Costs of the data stay where no scorer gave any.
+    """A row of format trl for every pair, None for one without w. Costs and safety labels of the data stay where
+    no scorer gave any.
 
     Without `targets` the pairs keep the label that they have.
     """
@@ -126,7 +127,9 @@ def labelled_rows(
         if chosen is None or rejected is None:
             rows.append(None)
             continue
-        given = {"chosen_cost": pair.chosen_cost, "rejected_cost": pair.rejected_cost, "offset": pair.offset or None}
+        # a scorer's costs need not agree with the data's safety labels
+        known = () if columns else ("chosen_cost", "rejected_cost", "chosen_safe", "rejected_safe")
+        given = {name: getattr(pair, name) for name in known} | {"offset": pair.offset or None}
         own = pair.target if pair.target != 1 else None
         rows.append(
             {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rsa_lightning.evaluation.generate import Sampling
-from rsa_lightning.kinds import SOURCES, TRAINED, check_derived, check_keys, check_labelled
+from rsa_lightning.kinds import SOURCES, TRAINED, check_derived, check_keys, check_labelled, data_names
 from rsa_lightning.models import PolicySpec
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.temperatures import Parametrization
@@ -36,7 +36,7 @@ KEYS = """keys of a configuration, each also an option (--lam 4, --steps.safety.
   lora.rank, lora.alpha, ..., handover merge|stack, quantize 4bit|8bit
   steps.NAME.{kind, start, reference, data, loss, risk, temperature, lora, optimizer, schedule, trainer}; null: no step
   steps.NAME.{cost_transform, label_scale}      of a step of kind safety: MeanCost, Indicator, Hinge, Exponential
-  steps.NAME.{models, adapter, scale, scorer, lam}  of steps that train nothing: kind merge, mix or label
+  steps.NAME.{models, adapter, scale, scorer, lam, targets}  of steps that train nothing: kind merge, mix or label
   evaluation.{scorer, prompts, sampling.KEY, pairs, resamples, figures, show_examples}
   trainer.KEY                                   arguments of the Lightning Trainer, for all steps
 """
@@ -286,6 +286,7 @@ def _check_order(config: AlignConfig) -> None:
             trained = [other for other in earlier if config.steps[other].trains]
             check_derived(f"steps.{name}", step, config.evaluation.scorer, trained)
         check_labelled(name, step, {other: config.steps[other].kind for other in config.steps}, earlier)
+        _check_cost_labels(name, step, config)
         earlier.append(name)
 
 
@@ -301,6 +302,18 @@ def _check_target(config: AlignConfig, where: str, target: str, earlier: list[st
         f"{where} is {target!r}: {later}. Earlier steps: {', '.join(earlier) or 'none'} "
         "(layers keep the order of the first file)"
     )
+
+
+def _check_cost_labels(name: str, step: StepConfig, config: AlignConfig) -> None:
+    """A cost transform makes targets itself: labelled pairs may bring it costs, not targets."""
+    if step.cost_transform is None:
+        return
+    for source in data_names(step):
+        if source in config.steps and config.steps[source].targets:
+            raise ValueError(
+                f"steps.{name}.cost_transform makes targets, and the pairs of {source} have theirs: set "
+                f"steps.{source}.targets to false, or remove cost_transform"
+            )
 
 
 def _check_name(name: Any, taken: list[str]) -> None:

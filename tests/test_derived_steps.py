@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import random
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rsa_lightning import stories
 from rsa_lightning.assess import held_out_prompts
 from rsa_lightning.config import merge
 from rsa_lightning.data.datamodule import PreferenceData
@@ -595,3 +597,48 @@ def test_a_validation_file_stays_one(tmp_path, tiny_llama):
     asked = {row["prompt"] for row in rows(tmp_path / "run/mocan/samples.jsonl")}
     assert asked <= {f"Question {i}?" for i in range(100, 108)}
     assert held_out_prompts({}, 3) == {}
+
+
+# ------------------------------------------------------------------ costs of a scorer, for a cost transform
+
+
+def test_a_scorer_brings_costs_to_a_cost_transform(tmp_path, tiny_llama):
+    """Pairs without costs: a label step adds the scorer's, and the safety step reads them at s · β/λ."""
+    prompts = [prompt for split in stories.prompts() for prompt in split][:30]
+    lines = []
+    for i, prompt in enumerate(prompts):
+        first, second = stories.write(prompt, random.Random(i)), stories.write(prompt, random.Random(i + 100))
+        lines.append({"prompt": prompt.text, "chosen": first, "rejected": second})
+    (tmp_path / "safety.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {
+        "model": {"model": str(tiny_llama)},
+        "data": {"safety": str(tmp_path / "safety.jsonl"), "options": {"max_length": 200, "anchored_costs": True}},
+        "output": str(tmp_path / "run"),
+        "beta": 0.1,
+        "lam": 2.0,
+        "trainer": {"max_steps": 1, "accelerator": "cpu"},
+        "evaluation": {"prompts": 2, "pairs": 0, "figures": False, "sampling": {"samples_per_prompt": 1, "max_new_tokens": 2}},
+        "steps": {
+            "costs": {**LABEL, "data": "safety", "scorer": "rsa_lightning.stories.score", "targets": False},
+            "safe": {"kind": "safety", "data": "costs", "loss": "DPO", "cost_transform": {"class_path": "MeanCost"}},
+        },
+    }  # fmt: skip
+    align(config)
+    found = rows(tmp_path / "run/costs/pairs.jsonl")
+    assert all("target" not in row for row in found)
+    assert [row["chosen_cost"] for row in found] == [stories.score(row["prompt"], row["chosen"])[1] for row in found]
+    step = json.loads((tmp_path / "run/manifest.json").read_text())["steps"]["safe"]
+    assert step["label_scale"] > 0
+    assert step["temperature"] == pytest.approx(step["label_scale"] * 0.1 / 2.0)
+
+
+def test_targets_of_labels_and_of_a_cost_transform_exclude_each_other():
+    steps = {
+        "l": LABEL,
+        "s": {"kind": "safety", "data": "l", "loss": "DPO", "cost_transform": {"class_path": "MeanCost"}},
+    }
+    with pytest.raises(ValueError, match=r"steps\.s\.cost_transform makes targets, .*set steps\.l\.targets to false"):
+        read_config({"model": {"model": "x"}, "evaluation": {"scorer": "rsa_lightning.stories.score"}, "steps": steps})
+    off = {"l": {**LABEL, "targets": False, "lam": 2.0}}
+    with pytest.raises(ValueError, match=r"steps\.l\.targets false adds a scorer's rewards and costs: remove"):
+        read_config({"model": {"model": "x"}, "evaluation": {"scorer": "rsa_lightning.stories.score"}, "steps": off})
