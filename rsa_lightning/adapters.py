@@ -249,7 +249,7 @@ def _new_config(lora: Lora) -> Any:
     )
 
 
-def _read_config(folder: str) -> Any:
+def adapter_config(folder: str) -> Any:
     """The configuration of a saved adapter, without dropout."""
     peft = _peft()
     if not (Path(folder) / CONFIG).is_file():
@@ -280,9 +280,9 @@ def _stack(model: PreTrainedModel, frozen: Sequence[str], lora: Lora, seed: int)
     """Puts all adapters on the model, with fresh weights; returns the saved ones, which fit, by adapter."""
     head, saved = model.get_output_embeddings(), {}
     for index, folder in enumerate(frozen):
-        _inject(model, head, f"frozen_{index}", _read_config(folder), folder)
+        _inject(model, head, f"frozen_{index}", adapter_config(folder), folder)
         saved[f"frozen_{index}"] = _saved(model, f"frozen_{index}", Path(folder))
-    config = _new_config(lora) if lora.start is None else _read_config(lora.start)
+    config = _new_config(lora) if lora.start is None else adapter_config(lora.start)
     config.lora_dropout = lora.dropout
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # here: frozen adapters below must not change how the new one starts

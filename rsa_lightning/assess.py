@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,6 +17,7 @@ from rsa_lightning.data.readers import Source, read_rows
 from rsa_lightning.data.records import FormatError, Prompt, as_transcript
 from rsa_lightning.data.tokenize import EncodedPair, pad_id
 from rsa_lightning.evaluation.figures import require_matplotlib
+from rsa_lightning.evaluation.folders import Folders
 from rsa_lightning.evaluation.generate import check_prompts, generate
 from rsa_lightning.evaluation.preference import Split, judge
 from rsa_lightning.evaluation.report import ModelRecord, print_results, write_report
@@ -24,6 +25,20 @@ from rsa_lightning.evaluation.score import fingerprint, load_scorer, score
 from rsa_lightning.manifest import Manifest
 from rsa_lightning.plan import AlignConfig
 from rsa_lightning.stages import AlignmentStage
+
+
+class Candidate(NamedTuple):
+    """A step's model to be judged.
+
+    Attributes:
+        start: the name of what it is compared with.
+        origin: the folder of the model that alignment started from.
+        members: of a mixture: folder -> weight. Otherwise its model stands in its folder.
+    """
+
+    start: str
+    origin: str
+    members: Mapping[str, float] | None = None
 
 
 class Assessment:
@@ -67,9 +82,9 @@ class Assessment:
         self.template = _template(criteria, self.config.data.options.get("template"))
         check_prompts(base, self.prompts, self.sampling, self.template)
 
-    def run(self, models: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-        """Writes results.json, report.md and the figures; `models` is step -> (start's name, origin's folder)."""
-        records = [self._assess(name, start, origin) for name, (start, origin) in models.items()]
+    def run(self, models: Mapping[str, Candidate]) -> dict[str, Any]:
+        """Writes results.json, report.md and the figures; `models` is step -> what is judged of it."""
+        records = [self._assess(name, candidate) for name, candidate in models.items()]
         found = write_report(
             self.folder,
             records,
@@ -88,6 +103,9 @@ class Assessment:
         rows = []
         steps = self.manifest.section("steps")
         for name, entry in ((name, steps[name]) for name in self.config.steps):  # it may remember steps of earlier runs
+            if not self.config.steps[name].trains:
+                rows.append(_without_training(name, entry))
+                continue
             settings = entry["inputs"]["step"]
             beta = "" if entry["temperature"] is None else f"{entry['temperature']:g}"
             rows.append(
@@ -96,6 +114,7 @@ class Assessment:
                     "start": entry["start"],
                     "loss": _shown(settings["loss"]) if beta else "",
                     "risk": _shown(settings["risk"]) if beta else "",
+                    "labels": _labels(settings.get("cost_transform"), entry.get("label_scale")),
                     "temperature": beta,
                     "trained": _trained(entry["inputs"].get("adapter")),
                     "training pairs": str(entry["data"]["train_pairs"]),
@@ -104,17 +123,22 @@ class Assessment:
             )
         return rows
 
-    def _assess(self, name: str, start: str, origin: str) -> ModelRecord:
-        folder = self.folder / name
-        weights = {"model": folder_hashes(folder / "model"), "origin": folder_hashes(origin)}
-        self._answer(name, folder, origin, weights)
-        preference = self._judge(name, folder, origin, weights)
+    def _assess(self, name: str, candidate: Candidate) -> ModelRecord:
+        folder, (start, origin, members) = self.folder / name, candidate
+        model: Folders = folder / "model"
+        hashes: Any = folder_hashes(folder / "model")
+        if members is not None:
+            model = {Path(member): weight for member, weight in members.items()}
+            hashes = [[weight, folder_hashes(member)] for member, weight in members.items()]
+        weights = {"model": hashes, "origin": folder_hashes(origin)}
+        self._answer(name, model, origin, weights)
+        preference = self._judge(name, model, origin, weights)
         known = start if start in self.config.steps else None
         return ModelRecord(name, folder / "samples.jsonl", start=known, preference=preference or None)
 
-    def _answer(self, name: str, folder: Path, origin: str, weights: Mapping[str, Any]) -> None:
+    def _answer(self, name: str, model: Folders, origin: str, weights: Mapping[str, Any]) -> None:
         """samples.jsonl: drawn again when weights, prompts or sampling changed, scored again when the scorer did."""
-        path = folder / "samples.jsonl"
+        path = self.folder / name / "samples.jsonl"
         drawn = key_of(
             {
                 **weights,
@@ -127,7 +151,7 @@ class Assessment:
             count = len(self.prompts) * self.sampling.samples_per_prompt
             self.console.print(f"[bold]{name}[/]: {count} answers are sampled")
             generate(
-                folder / "model",
+                model,
                 self.prompts,
                 path,
                 start_folder=origin,
@@ -143,9 +167,9 @@ class Assessment:
             score(path, self.wanted.scorer, afresh=not begun)
             self._keep(name, scores=scores)
 
-    def _judge(self, name: str, folder: Path, origin: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    def _judge(self, name: str, model: Folders, origin: str, weights: Mapping[str, Any]) -> dict[str, Any]:
         """preference.json: held-out and training pairs of every criterion, relative to the origin."""
-        path, wanted = folder / "preference.json", self.wanted
+        path, wanted = self.folder / name / "preference.json", self.wanted
         data = {
             criterion: [module.report["sha256"], module.state_dict()] for criterion, module in self.criteria.items()
         }
@@ -160,7 +184,7 @@ class Assessment:
             found: dict[str, Any] = {}
             if wanted.pairs and self.criteria:
                 found = judge(
-                    folder / "model",
+                    model,
                     origin,
                     {criterion: _splits(module, wanted.pairs) for criterion, module in self.criteria.items()},
                     pad_id=pad_id(next(iter(self.criteria.values())).tokenizer),
@@ -193,6 +217,18 @@ def _template(criteria: Mapping[str, PreferenceData], shared: str | None) -> str
     return asked.pop()
 
 
+def _without_training(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """A row on a step that made something of what was there."""
+    columns = ("step", "start", "loss", "risk", "temperature", "trained", "training pairs", "optimizer steps")
+    known = {
+        "step": f"{name} ({entry['kind']})",
+        "start": entry["start"] or "",
+        "trained": f"nothing: {entry['made']}",
+        "training pairs": str(entry["labels"]["pairs"]) if "labels" in entry else "",
+    }
+    return {column: known.get(column, "") for column in columns}
+
+
 def _trained(adapter: Mapping[str, Any] | None) -> str:
     """Which weights a step trained, from what the manifest holds of its adapter."""
     if adapter is None:
@@ -201,6 +237,11 @@ def _trained(adapter: Mapping[str, Any] | None) -> str:
     given = ", ".join(f"{key} {value}" for key, value in adapter.items() if key not in ours) or "default settings"
     below = f", {adapter['quantize']} weights below" if adapter["quantize"] else ""
     return f"LoRA ({given}){below}" + (", on frozen adapters" if adapter["handover"] == "stack" else "")
+
+
+def _labels(transform: Any, scale: float | None) -> str:
+    """What a step learns of its pairs: their order, or their costs with the label scale that its temperature holds."""
+    return "" if transform is None else f"{_shown(transform)}, scale {scale:.3g}"
 
 
 def _shown(setting: Any) -> str:

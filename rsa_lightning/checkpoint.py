@@ -35,11 +35,15 @@ def check_replaceable(folder: Path, marker: str = "config.json", kind: str = "mo
 
 @contextmanager
 def replaced_whole(folder: Path) -> Iterator[Path]:
-    """Gives the path to write to, which takes the place of `folder` in the end, if all went well."""
+    """Gives the path to write to, which takes the place of `folder` if all went well, and else is removed."""
     partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)

@@ -14,6 +14,14 @@ USAGE = """usage: rsa COMMAND [options]
       one stage, as a LightningCLI; `rsa fit --help` lists every key
   rsa prepare -c FILE [-c LAYER ...] [--report FILE] [--KEY.SUBKEY VALUE ...]
       the data of a configuration: checked, reported and tokenised into the cache, before any training
+  rsa dual --samples RUN/reward/samples.jsonl --budget X | --cvar-budget X [--tail A] | --chance T P [--write LAYER]
+      the multiplier that a budget of the cost asks for, from sampled answers alone; `rsa dual --help`
+  rsa sweep -c FILE [-c LAYER ...] [--output DIR] [--KEY VALUE ...]
+      runs of rsa align over a grid of settings, equal steps trained once; table, Pareto front, selection
+  rsa merge --models A B [C ...] (--weights W ... | --ratios Q ...) --output DIR
+      a weighted average of models; with ratios DIR/Q = (1 - Q) * A + Q * B for each
+  rsa merge --adapter FOLDER --scale Q [--base MODEL] --output DIR
+      an adapter times Q, which averages the models without and with it exactly; with --base the model that it makes
 
 Configurations are code: their class paths are imported. Run only those you trust.
 """
@@ -36,15 +44,37 @@ def main(argv: list[str] | None = None) -> int:
             _quiet_lightning()
             prepare(arguments[1:])
             return 0
+        if command == "dual":
+            from rsa_lightning.budget import main as dual
+
+            return dual(arguments[1:])
+        if command == "sweep":
+            from rsa_lightning.sweep import main as sweep
+
+            _quiet_lightning()
+            _no_weight_bars()
+            return sweep(arguments[1:])
+        if command == "merge":
+            from rsa_lightning.merge import main as merge
+
+            _no_weight_bars()
+            merge(arguments[1:])
+            return 0
         if command in ("fit", "validate", "test"):
             from rsa_lightning.fit import FitCLI
 
             _no_weight_bars()
             FitCLI(arguments)
             return 0
-        raise ValueError(f"unknown command {command!r}: choose align, prepare, fit, validate or test")
+        raise ValueError(
+            f"unknown command {command!r}: choose align, sweep, dual, prepare, merge, fit, validate or test"
+        )
     except KeyboardInterrupt:
-        hint = "the same command continues where it stopped" if command == "align" else "nothing half-made is left"
+        hint = (
+            "the same command continues where it stopped"
+            if command in ("align", "sweep")
+            else "nothing half-made is left"
+        )
         print(f"rsa: interrupted; {hint}", file=sys.stderr)
         return 130
     except Exception as error:

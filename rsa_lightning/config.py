@@ -66,12 +66,18 @@ def dump(config: Mapping[str, Any]) -> str:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`: mappings merge, anything else is replaced."""
+    """`above` over `below`: mappings merge, anything else is replaced; so is another class with its arguments."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both and not _other_class(merged[key], value) else value
     return merged
+
+
+def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    """Whether `above` names a class that `below` does not: the arguments of the one mean nothing to the other."""
+    names = [str(setting.get("class_path")).split(".")[-1] for setting in (below, above) if "class_path" in setting]
+    return len(names) == 2 and names[0] != names[1]
 
 
 def nest(dotted: str, value: Any) -> dict[str, Any]:

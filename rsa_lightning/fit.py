@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # imported so that configurations can name their classes without a module path
-from rsa_lightning import callbacks, losses, reference, supervised  # noqa: F401
+from rsa_lightning import callbacks, legacy, losses, reference, supervised, transforms  # noqa: F401
 from rsa_lightning.config import load_file, parse
 from rsa_lightning.data.datamodule import PreferenceData, tokenizer_of
 from rsa_lightning.models import check_spec
@@ -96,6 +96,7 @@ class FitCLI(LightningCLI):
         # before the processes of a run are joined: none of them may wait in a collective while another tokenises
         check_spec(self.model.policy_spec)
         self.datamodule.prepare(tokenizer_of(self.model))
+        self.model.read_data(self.datamodule)
 
     before_validate = before_test = before_fit
 

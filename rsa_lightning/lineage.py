@@ -1,9 +1,14 @@
 """Which model each step of a run starts from and stays near, and where it stands."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rsa_lightning.adapters import WEIGHTS
+from rsa_lightning.checkpoint import file_hash
+from rsa_lightning.hub import FILES, WORDS, is_hub_name, snapshot
+from rsa_lightning.models import PolicySpec, check_spec
 from rsa_lightning.plan import BASE, AlignConfig
 from rsa_lightning.steps import adapter_of
 
@@ -15,10 +20,18 @@ class Lineage:
         self.config, self.folder = config, Path(config.output)
 
     def start(self, name: str) -> str:
-        """The name of what a step starts from: the step before it, unless it says otherwise."""
+        """The name of what a step starts from: the last model before it, unless it says otherwise.
+
+        A merge and a mixture are compared with their first member, a scaled adapter with the model it lies on.
+        """
+        step = self.config.steps[name]
+        if step.adapter is not None:
+            return self.start(step.adapter)
+        if not step.trains and step.models:
+            return next(iter(step.models))
         names = list(self.config.steps)
-        place = names.index(name)
-        return self.config.steps[name].start or (names[place - 1] if place else BASE)
+        before = [other for other in names[: names.index(name)] if self.config.steps[other].has_model]
+        return step.start or (before[-1] if before else BASE)
 
     def reference(self, name: str) -> str:
         return self.config.steps[name].reference or self.start(name)
@@ -31,9 +44,20 @@ class Lineage:
 
     def origin(self, name: str) -> str:
         """The folder of the model that alignment started from: back along `start` to what no alignment step made."""
-        while name in self.config.steps and self.config.steps[name].kind != "warmup":
+        while self._aligned(name):
             name = self.start(name)
         return self.model(name)
+
+    def members(self, name: str) -> dict[str, float]:
+        """Model folder -> weight, of a step that combines models."""
+        return {self.model(member): weight for member, weight in self.config.steps[name].models.items()}
+
+    def _aligned(self, name: str) -> bool:
+        """Whether a step, or one of the models it combines, was aligned."""
+        if name not in self.config.steps or self.config.steps[name].kind == "warmup":
+            return False
+        step = self.config.steps[name]
+        return step.trains or step.adapter is not None or any(map(self._aligned, step.models or ()))
 
     def root(self, name: str) -> str:
         """`base` or a folder: what a model goes back to along `start`. All between them are of its architecture."""
@@ -42,8 +66,9 @@ class Lineage:
         return name
 
     def foreign_models(self) -> list[str]:
-        """Folders that some step starts from or stays near, without those of this run."""
-        named = [target for step in self.config.steps.values() for target in (step.start, step.reference) if target]
+        """Folders that some step starts from, stays near or combines, without those of this run."""
+        steps = self.config.steps.values()
+        named = [target for step in steps for target in (step.start, step.reference, *(step.models or ())) if target]
         return [target for target in dict.fromkeys(named) if target != BASE and target not in self.config.steps]
 
     def policy(self, name: str) -> dict[str, Any]:
@@ -73,3 +98,31 @@ class Lineage:
             return self.model(name), []
         model, below = self._stack(self.start(name))
         return model, [*below, str(self.folder / name / "adapter")]
+
+
+def adapter_inputs(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the adapter of a step, given its policy; folders are replaced by the hashes of what they hold."""
+    lora = policy["lora"]
+    continued = [lora["start"]] if lora.get("start") else []
+    return {
+        **lora,
+        "start": None,  # resolved below, like the frozen ones
+        "quantize": policy["quantize"],
+        "handover": "stack" if policy["adapters"] else "merge",
+        "weights": [file_hash(Path(folder) / WEIGHTS) for folder in (*policy["adapters"], *continued)],
+    }
+
+
+def local(model: PolicySpec) -> PolicySpec:
+    """The base model with folders for names of the hub, checked. Raises like `check_spec` and `snapshot`."""
+    if model.tokenizer and is_hub_name(model.tokenizer):
+        model = dataclasses.replace(model, tokenizer=str(snapshot(model.tokenizer, files=WORDS)))
+    if model.model and is_hub_name(model.model):
+        files = (*FILES, "*.py") if model.trust_remote_code else FILES
+        model = dataclasses.replace(model, model=str(snapshot(model.model, model.revision, files)), revision=None)
+    if model.model and not Path(model.model).is_dir():
+        raise FileNotFoundError(
+            f"model.model: there is no folder {model.model}, and names of the hub are owner/name: give either"
+        )
+    check_spec(model)
+    return model

@@ -48,6 +48,7 @@ class PreferenceLoss(abc.ABC):
     """
 
     risks: ClassVar[tuple[type[RiskMeasure], ...]] = ()  # the measures the loss is defined for; () means it reads none
+    largest_logit: ClassVar[float] = 4.0  # of a soft target: beyond, it hardly says more than its sign
     needs_baseline: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = True  # False: judges single responses, of either kind
     beta: float | None
@@ -62,6 +63,10 @@ class PreferenceLoss(abc.ABC):
         offset: Float[Tensor, " P"] | None = None,
     ) -> PreferenceTerms:
         """`target`: probability that chosen is preferred (None: 1). `offset`: nats taken off the logit (None: 0)."""
+
+    def target_at(self, logit: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The target with which the expected loss of a pair is least where beta * h is this logit."""
+        return torch.sigmoid(logit)
 
     @property
     def reads_risk(self) -> bool:
@@ -203,13 +208,19 @@ class RSA(LogisticLoss):
 class IPO(PreferenceLoss):
     """(h - 1/(2 beta))^2, where an offset moves h by offset / beta.
 
-    With a target t the two orders are averaged, t (h - m)^2 + (1 - t)(h + m)^2, m = 1/(2 beta).
+    With a target t the two orders are averaged, t (h - m)^2 + (1 - t)(h + m)^2, m = 1/(2 beta). This is least at
+    beta h = t - 1/2, which is why its target at a logit is not the sigmoid. Beyond [0, 1] it is no probability, the
+    terms above no average, and the gradient as it should be.
     """
 
+    largest_logit: ClassVar[float] = 0.5
     beta: float | None = None
 
     def __post_init__(self) -> None:
         _check_positive("IPO beta", self.beta)
+
+    def target_at(self, logit: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        return 0.5 + logit
 
     def __call__(self, chosen, rejected, *, target=None, offset=None) -> PreferenceTerms:
         h = margin(chosen, rejected, 0.0, False)

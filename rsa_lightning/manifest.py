@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rsa_lightning.checkpoint import folder_hashes, key_of, write_json
+from rsa_lightning.checkpoint import file_hash, folder_hashes, key_of, write_json
 
 NAME = "manifest.json"
 FORMAT = 1
+PRODUCTS = ("model", "adapter", "pairs.jsonl", "validation.jsonl", "mixture.json")  # what steps leave, in their folder
 
 
 class Manifest:
@@ -50,15 +51,16 @@ class Manifest:
         before, now = finished["inputs"], json.loads(json.dumps(inputs, default=str))
         if changed := _changed(before, now):
             return f"runs again, changed: {', '.join(changed)}"
-        for what in ("model", "adapter"):
-            if folder_hashes(model.with_name(what)) != finished.get(what, {}):
+        for what in PRODUCTS:
+            if _hashes(model.with_name(what)) != finished.get(what, {}):
                 return f"runs again, the files of its {what} are not those it wrote"
         return None
 
     def finish(self, name: str, inputs: Mapping[str, Any], model: Path, **facts: Any) -> None:
-        """Records a finished step, with the adapter beside its model if it trained one: from here on it is reused."""
+        """Records a finished step, with what stands beside its model, or in its place: from here on it is reused."""
         plain = json.loads(json.dumps(inputs, default=str))
-        hashes = {what: folder_hashes(model.with_name(what)) for what in ("model", "adapter")}
+        found = {what: _hashes(model.with_name(what)) for what in PRODUCTS}
+        hashes = {what: found[what] for what in PRODUCTS if found[what] or what in PRODUCTS[:2]}
         self.put("steps", name, {"key": key_of(plain), **facts, **hashes, "inputs": plain})
 
     def _read(self) -> dict[str, Any]:
@@ -77,6 +79,11 @@ class Manifest:
             found = entries.get("format")
             raise ValueError(f"{path} has format {found}, this version writes {FORMAT}: choose another with --output")
         return entries
+
+
+def _hashes(product: Path) -> dict[str, str]:
+    """File name -> hash, of a folder or of one file; empty where there is nothing."""
+    return {product.name: file_hash(product)} if product.is_file() else folder_hashes(product)
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,15 @@
-"""Weighted means over uneven batches and several ranks."""
+"""What a preference stage measures, and weighted means of it over uneven batches and several ranks."""
 
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from rsa_kernels import TokenStats
 from torch import Tensor
 from torchmetrics import SumMetric
+
+from rsa_lightning.data.batch import ROLES, PreferenceBatch
+from rsa_lightning.losses import PreferenceTerms, SequenceStats
 
 
 class _Sums(NamedTuple):
@@ -47,3 +51,42 @@ class WeightedMeans:
         sums = {name: (parts.values.compute(), parts.weights.compute()) for name, parts in self._sums.items()}
         self._sums = {}  # not reset(): state made in inference mode cannot be used outside it
         return {name: value / weight for name, (value, weight) in sums.items() if weight > 0}
+
+
+def preference_metrics(
+    batch: PreferenceBatch,
+    tokens: TokenStats,
+    chosen: SequenceStats,
+    rejected: SequenceStats,
+    terms: PreferenceTerms,
+    soft: Float[Tensor, " P"] | None = None,
+) -> dict[str, Tensor]:
+    """TRL's names. rewards: beta-scaled nats; logps, kl, risk: nats per response.
+
+    Accuracies are about the chosen response, or, with labels `soft`, about the one that they prefer.
+    """
+    values = {
+        "loss": terms.losses,
+        "rewards/chosen": terms.chosen_rewards,
+        "rewards/rejected": terms.rejected_rewards,
+        **_by_side("logps", per_row(tokens.logp, batch), batch),
+    }
+    # of the pairs only: a batch of single responses has none, whatever their numbers
+    ids = [batch["pair_ids"][batch["roles"] == role] for role in range(2)]
+    margins = terms.chosen_rewards[torch.isin(*ids)] - terms.rejected_rewards[torch.isin(*reversed(ids))]
+    values["rewards/margins"] = margins  # TRL's name; right where chosen is the preferred response
+    ahead = margins if soft is None else (margins * (soft - 0.5).sign())[soft != 0.5]
+    values["rewards/accuracies"] = (ahead > 0).float() + 0.5 * (ahead == 0).float()  # a tie is half right
+    if tokens.kl is not None and chosen.risk is not None and rejected.risk is not None:
+        values |= _by_side("kl", per_row(tokens.kl, batch), batch)
+        values |= {"risk/chosen": chosen.risk, "risk/rejected": rejected.risk}
+    return values
+
+
+def per_row(token_values: Float[Tensor, " N"], batch: PreferenceBatch) -> Float[Tensor, " B"]:
+    """Sums over the response tokens of every row."""
+    return torch.segment_reduce(token_values, "sum", offsets=batch["cu_seqlens"], initial=0)
+
+
+def _by_side(name: str, row_values: Float[Tensor, " B"], batch: PreferenceBatch) -> dict[str, Tensor]:
+    return {f"{name}/{role}": row_values[batch["roles"] == code] for code, role in enumerate(ROLES[:2])}

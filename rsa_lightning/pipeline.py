@@ -2,7 +2,8 @@
 
 RUN/manifest.json                  configuration, versions, data fingerprints, model hashes, lineage
 RUN/inputs/                        what the run made for itself: generated data, tokenizer, base model
-RUN/<step>/                        config.yaml, metrics.csv, samples.jsonl, preference.json, model/, checkpoints/
+RUN/<step>/                        config.yaml, metrics.csv, samples.jsonl, preference.json, model/, checkpoints/; what
+                                   steps leave that train nothing stands in derived.py
 RUN/results.json, RUN/report.md    and the figures
 """
 
@@ -13,7 +14,7 @@ import shutil
 import sys
 import time
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,45 +24,58 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from rsa_lightning import stories
-from rsa_lightning.adapters import WEIGHTS
-from rsa_lightning.assess import Assessment
-from rsa_lightning.checkpoint import file_hash, folder_hashes, key_of, write_text
+from rsa_lightning.assess import Assessment, Candidate
+from rsa_lightning.checkpoint import key_of, write_text
 from rsa_lightning.data.datamodule import PreferenceData, summary
 from rsa_lightning.data.formats import CRITERIA as TWO_LABELS
 from rsa_lightning.data.readers import Source, fingerprint
 from rsa_lightning.data.tokenize import load_tokenizer
+from rsa_lightning.derived import Derived
 from rsa_lightning.fit import FitCLI
-from rsa_lightning.hub import FILES, WORDS, is_hub_name, snapshot
-from rsa_lightning.lineage import Lineage
+from rsa_lightning.hub import is_hub_name
+from rsa_lightning.kinds import SOURCES
+from rsa_lightning.labels import check_pairs
+from rsa_lightning.lineage import Lineage, local
 from rsa_lightning.manifest import Manifest
 from rsa_lightning.models import PolicySpec, check_spec, load_policy, save_policy
 from rsa_lightning.parsing import plain_message
-from rsa_lightning.plan import BASE, SOURCES, AlignConfig, StepConfig, read_config
+from rsa_lightning.plan import BASE, AlignConfig, StepConfig, read_config
+from rsa_lightning.sharing import take_over, trained_inputs
 from rsa_lightning.stages import AlignmentStage, PolicyStage
-from rsa_lightning.steps import CRITERIA, check_adapters, fit_config, sources_of
+from rsa_lightning.steps import (
+    CRITERIA,
+    check_adapters,
+    early_steps,
+    fit_config,
+    is_late,
+    label_steps,
+    labelled_data,
+    sources_of,
+)
 
 PACKAGES = ("rsa_lightning", "torch", "lightning", "transformers", "torchmetrics", "jsonargparse", "safetensors")
-# arguments of a Trainer that show what happens and change nothing
-DISPLAY = ("log_every_n_steps", "logger", "enable_progress_bar", "enable_model_summary", "profiler")
 
 
-def align(config: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
+def align(config: Mapping[str, Any], console: Console | None = None, donors: Sequence[Path] = ()) -> dict[str, Any]:
     """Runs what a merged configuration asks for and returns the content of results.json.
 
-    Finished steps whose configuration, data and start are unchanged are reused; every decision is printed.
+    Finished steps whose configuration, data and start are unchanged are reused; every decision is printed. Equal steps
+    of other runs, `donors`, are taken over.
 
     Raises:
         ValueError, FileNotFoundError: in the configuration, before anything is written; in the data, before anything is
             trained.
     """
-    return Run(read_config(config), dict(config), console or Console()).execute()
+    return Run(read_config(config), dict(config), console or Console(), donors).execute()
 
 
 class Run:
     """One run directory and the steps that fill it."""
 
-    def __init__(self, config: AlignConfig, given: dict[str, Any], console: Console) -> None:
-        self.config, self.given, self.console = config, given, console
+    def __init__(
+        self, config: AlignConfig, given: dict[str, Any], console: Console, donors: Sequence[Path] = ()
+    ) -> None:
+        self.config, self.given, self.console, self.donors = config, given, console, donors
         self.folder = Path(config.output)
         self.inputs = self.folder / "inputs"
         self.manifest = Manifest(self.folder)
@@ -76,23 +90,41 @@ class Run:
         self.make_inputs()
         alignments = [stage for stage in stages.values() if isinstance(stage, AlignmentStage)]
         assessment.prepare(self._criteria(), self.files.get("prompts"), self.lineage.model(BASE), alignments)
-        betas = {name: stage.loss.beta for name, stage in stages.items() if isinstance(stage, AlignmentStage)}
+        betas = {name: self._temperature(name, stages[name]) for name in early_steps(self.config) if name in stages}
         del stages, alignments
         for name, step in self.config.steps.items():
-            self._train(name, step, betas.get(name))
-        return assessment.run(
-            {name: (self.lineage.start(name), self.lineage.origin(name)) for name in self.config.steps}
-        )
+            if step.trains:
+                self._train(name, step, betas[name] if name in betas else self._temperature(name))
+            else:
+                self.derived.run(name, self.data(step) if step.kind == "label" else None)
+        steps = self.config.steps.items()
+        return assessment.run({name: self._candidate(name, step) for name, step in steps if step.kind != "label"})
+
+    def _temperature(self, name: str, stage: PolicyStage | None = None) -> float | None:
+        """Of the step's loss, which may depend on its data."""
+        stage = stage or self._build(name).model
+        self._read(name, self.config.steps[name], stage)
+        return stage.loss.beta if isinstance(stage, AlignmentStage) else None
+
+    def _candidate(self, name: str, step: StepConfig) -> Candidate:
+        members = self.lineage.members(name) if step.kind == "mix" else None
+        return Candidate(self.lineage.start(name), self.lineage.origin(name), members)
 
     def check(self) -> dict[str, PolicyStage]:
         """The stage of every step, built from its configuration; the model is fetched if it stands on the hub."""
         check_adapters(self.config)
-        self.config = dataclasses.replace(self.config, model=_local(self.config.model))
+        self.config = dataclasses.replace(self.config, model=local(self.config.model))
         self.lineage = Lineage(self.config)
         self.tokenizer = self._find_tokenizer()
-        stages = {name: self._build(name).model for name in self.config.steps}
+        self.derived = Derived(self.config, self.lineage, self.manifest, self.console)
+        stages = {name: self._build(name).model for name, step in self.config.steps.items() if step.trains}
         for name, stage in stages.items():
             self._check_policy(name, stage.policy_spec)
+            if is_late(self.config.steps[name], self.config) and not stage.needs_pairs:
+                raise ValueError(f"steps.{name}: labels are of pairs, and {stage.loss!r} rates single responses")
+        for name in self.config.steps:
+            if name not in stages:
+                self.derived.check(name)
         return stages
 
     def _check_policy(self, name: str, spec: PolicySpec) -> None:
@@ -113,10 +145,10 @@ class Run:
         files: dict[str, str] = {}
         for name, step in self.config.steps.items():
             try:
-                names, _ = sources_of(step, data)
+                names, _ = sources_of(step, data, label_steps(self.config))
             except ValueError as error:
                 raise ValueError(f"steps.{name}: {error}") from error
-            if data.stories is None:
+            if data.stories is None and not is_late(step, self.config):
                 own = {source: "path" if data.path and source in CRITERIA else source for source in names}
                 pinned = "revision" in data.options
                 files |= {source: _existing(getattr(data, key), f"data.{key}", pinned) for source, key in own.items()}
@@ -139,7 +171,7 @@ class Run:
             spec = dataclasses.replace(self.config.model, seed=self.config.seed)
             save_policy(load_policy(spec, tokenizer), tokenizer, self.lineage.model(BASE))
         self._check_vocabularies()
-        for name, step in self.config.steps.items():
+        for name, step in early_steps(self.config).items():
             self._read(name, step)
         self.manifest.note(data=self._fingerprints())
 
@@ -156,7 +188,7 @@ class Run:
                 return
             self._keep_tokenizer(data)
         users: dict[str, list[str]] = {}
-        for name, step in self.config.steps.items():
+        for name, step in early_steps(self.config).items():
             users.setdefault(key_of(self._data_arguments(step)), []).append(name)
         for names in users.values():
             yield ", ".join(names), PreferenceData(**self._data_arguments(self.config.steps[names[0]]))
@@ -177,7 +209,8 @@ class Run:
 
     def _tokenizer_data(self) -> PreferenceData:
         """The data whose training side the run's tokenizer is trained on: that of the first step."""
-        return PreferenceData(**self._data_arguments(next(iter(self.config.steps.values()))) | {"tokenizer": None})
+        first = next(iter(early_steps(self.config).values()))
+        return PreferenceData(**self._data_arguments(first) | {"tokenizer": None})
 
     def _keep_tokenizer(self, data: PreferenceData) -> None:
         data.prepare()
@@ -203,18 +236,19 @@ class Run:
 
     def _data_arguments(self, step: StepConfig) -> dict[str, Any]:
         """Arguments of PreferenceData for a step."""
-        names, options = sources_of(step, self.config.data)
-        paths = [self.files[name] for name in names]
-        shape = "demonstration" if names == ("demonstrations",) else self.config.data.format
-        shared = {
+        ours = {
             "seed": self.config.seed,
-            "format": shape,
-            "criterion": self._criterion(names[0], options.get("format", shape)),
             "evaluation_prompts": self.files.get("prompts"),
             "tokenizer": self.tokenizer,
             "cache_dir": str(self.inputs / "cache"),
-            **self.config.data.options,
         }
+        if is_late(step, self.config):
+            return {**ours, **labelled_data(step, self.config)}
+        names, options = sources_of(step, self.config.data)
+        paths = [self.files[name] for name in names]
+        shape = "demonstration" if names == ("demonstrations",) else self.config.data.format
+        criterion = self._criterion(names[0], options.get("format", shape))
+        shared = {**ours, "format": shape, "criterion": criterion, **self.config.data.options}
         if len(names) > 1:
             # two criteria may judge one pair, alike or not: that neither repeats nor contradicts anything
             shared["defects"] = {"duplicate": "keep", "contradictory": "keep", **(shared.get("defects") or {})}
@@ -236,9 +270,13 @@ class Run:
             self._data_modules[key] = data
         return self._data_modules[key]
 
-    def _read(self, name: str, step: StepConfig) -> None:
+    def _read(self, name: str, step: StepConfig, stage: PolicyStage | None = None) -> None:
         try:
-            self.data(step)
+            data = self.data(step)
+            if step.kind == "label":
+                check_pairs(data)
+            if stage is not None:
+                stage.read_data(data)
         except ValueError as error:
             raise ValueError(f"steps.{name}: {error}") from error
 
@@ -246,9 +284,11 @@ class Run:
         """One data set per source of pairs that some step uses, split and tokenised as in training."""
         found = {}
         for source in SOURCES[1:]:
-            users = [step for step in self.config.steps.values() if source in sources_of(step, self.config.data)[0]]
+            steps = early_steps(self.config).values()
+            users = [step for step in steps if source in sources_of(step, self.config.data)[0]]
             if users:
                 options = {**sources_of(users[-1], self.config.data)[1], "source": source}
+                options.pop("relabel", None)  # pairs are judged as their source has labelled them
                 found[source] = self.data(dataclasses.replace(users[-1], data=options))
         return found
 
@@ -280,17 +320,27 @@ class Run:
     def _train(self, name: str, step: StepConfig, beta: float | None) -> None:
         """Trains a step unless its model can be reused. Its stage and trainer are let go of afterwards."""
         folder, data = self.folder / name, self.data(step)
-        inputs = self._inputs_of(name, step, beta, data)
+        arguments = self._data_arguments(step)
+        inputs = trained_inputs(name, beta, self.config, self.lineage, self.tokenizer, arguments, data.report)
         why = self.manifest.why_again(name, inputs, folder / "model")
         if why is None:
             self.console.print(f"[bold]{name}[/]: reused (same configuration, data and start)")
+            return
+        lineage = {
+            "start": self.lineage.start(name),
+            "reference": None if step.kind == "warmup" else self.lineage.reference(name),
+        }
+        if donor := take_over(self.manifest, name, inputs, self.donors, **lineage):
+            self._write_config(name, self._build(name))
+            told = f"[bold]{name}[/]: taken over from {donor} (same configuration, data and start)"
+            self.console.print(told, soft_wrap=True)
             return
         self.console.print(f"[bold]{name}[/]: {why}; {summary(data.report)}", soft_wrap=True)
         self.manifest.forget(name)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         cli = self._build(name)
-        write_text(folder / "config.yaml", f"# Run:  rsa fit -c {folder / 'config.yaml'}\n{cli.dump()}")
+        self._write_config(name, cli)
         L.seed_everything(self.config.seed, verbose=False)
         started = time.perf_counter()
         _fit(cli, data)
@@ -304,9 +354,9 @@ class Run:
             inputs,
             folder / "model",
             kind=step.kind,
-            start=self.lineage.start(name),
-            reference=None if step.kind == "warmup" else self.lineage.reference(name),
+            **lineage,
             temperature=beta,
+            label_scale=labels.scale if (labels := getattr(cli.model, "labels", None)) else None,
             optimizer_steps=cli.trainer.global_step,
             seconds=round(seconds, 1),
             data=data.report,
@@ -317,58 +367,9 @@ class Run:
         del cli
         gc.collect()
 
-    def _inputs_of(self, name: str, step: StepConfig, beta: float | None, data: PreferenceData) -> dict[str, Any]:
-        """Everything that decides a step's model; paths are replaced by the hashes of what they hold."""
-        start, reference = self.lineage.start(name), self.lineage.reference(name)
-        policy = self.lineage.policy(name)
-        settings = dataclasses.asdict(step)
-        trainer = {**self.config.trainer, **settings.pop("trainer")}
-        for key in ("start", "reference", "data", "temperature", "lora"):  # resolved below
-            settings.pop(key)
-        arguments = self._data_arguments(step)
-        for key in ("path", "validation_path", "evaluation_prompts", "tokenizer", "cache_dir"):
-            arguments.pop(key, None)
-        return {
-            "step": settings,
-            "temperature": beta,
-            "trainer": {key: value for key, value in trainer.items() if key not in DISPLAY},
-            "model": {"dtype": self.config.model.dtype, "trust_remote_code": self.config.model.trust_remote_code},
-            "seed": self.config.seed,
-            "data": {**arguments, "sha256": list(data.report["sha256"].values())},
-            "tokenizer": key_of(folder_hashes(self.tokenizer)),
-            "adapter": None if policy["lora"] is None else self._adapter_inputs(policy),
-            "lineage": [
-                key_of(folder_hashes(self.lineage.model(target)))
-                for target in ([start] if step.kind == "warmup" else [start, reference])
-            ],
-            "version": version("rsa_lightning"),
-        }
-
-    def _adapter_inputs(self, policy: Mapping[str, Any]) -> dict[str, Any]:
-        lora = policy["lora"]
-        continued = [lora["start"]] if lora.get("start") else []
-        return {
-            **lora,
-            "start": None,  # resolved below, like the frozen ones
-            "quantize": policy["quantize"],
-            "handover": "stack" if policy["adapters"] else "merge",
-            "weights": [file_hash(Path(folder) / WEIGHTS) for folder in (*policy["adapters"], *continued)],
-        }
-
-
-def _local(model: PolicySpec) -> PolicySpec:
-    """The base model with folders for names of the hub, checked. Raises like `check_spec` and `snapshot`."""
-    if model.tokenizer and is_hub_name(model.tokenizer):
-        model = dataclasses.replace(model, tokenizer=str(snapshot(model.tokenizer, files=WORDS)))
-    if model.model and is_hub_name(model.model):
-        files = (*FILES, "*.py") if model.trust_remote_code else FILES
-        model = dataclasses.replace(model, model=str(snapshot(model.model, model.revision, files)), revision=None)
-    if model.model and not Path(model.model).is_dir():
-        raise FileNotFoundError(
-            f"model.model: there is no folder {model.model}, and names of the hub are owner/name: give either"
-        )
-    check_spec(model)
-    return model
+    def _write_config(self, name: str, cli: FitCLI) -> None:
+        path = self.folder / name / "config.yaml"
+        write_text(path, f"# Run:  rsa fit -c {path}\n{cli.dump()}")
 
 
 def _fit(cli: FitCLI, data: PreferenceData) -> None:

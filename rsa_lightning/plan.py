@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rsa_lightning.evaluation.generate import Sampling
+from rsa_lightning.kinds import SOURCES, TRAINED, check_derived, check_keys, check_labelled, data_names
 from rsa_lightning.models import PolicySpec
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.temperatures import Parametrization
 
 BASE = "base"  # the model before the first step
-SOURCES = ("demonstrations", "helpful", "safety")
 # keys of a step that the parser of `rsa fit` judges: only their shape is checked here
 LOOSE: dict[str, tuple[type, ...]] = {
     "loss": (str, dict),
     "risk": (str, dict),
+    "cost_transform": (str, dict),
     "optimizer": (str, dict),
     "schedule": (str, dict),
     "trainer": (dict,),
     "data": (str, list, dict),
     "lora": (dict, bool),
+    "models": (dict,),
+    "scorer": (str, dict),
 }
 # what `rsa align --help` says of the keys; each is explained in the classes below
 KEYS = """keys of a configuration, each also an option (--lam 4, --steps.safety.loss DPO):
@@ -32,6 +35,8 @@ KEYS = """keys of a configuration, each also an option (--lam 4, --steps.safety.
   data.options.KEY                              arguments of PreferenceData, `rsa fit --help` lists them under data
   lora.rank, lora.alpha, ..., handover merge|stack, quantize 4bit|8bit
   steps.NAME.{kind, start, reference, data, loss, risk, temperature, lora, optimizer, schedule, trainer}; null: no step
+  steps.NAME.{cost_transform, label_scale}      of a step of kind safety: MeanCost, Indicator, Hinge, Exponential
+  steps.NAME.{models, adapter, scale, scorer, lam, targets}  of steps that train nothing: kind merge, mix or label
   evaluation.{scorer, prompts, sampling.KEY, pairs, resamples, figures, show_examples}
   trainer.KEY                                   arguments of the Lightning Trainer, for all steps
 """
@@ -131,8 +136,12 @@ class Evaluation:
 class StepConfig:
     """One step: a stage of some kind, where it starts, what it stays near, what it learns from.
 
+    Three kinds train nothing. merge averages the weights of models, or scales the adapter of a step. mix decodes
+    several models as one and has no weights of its own. label writes preference pairs whose targets come from scores
+    or from models (MoCAN, PeCAN: arXiv:2405.19544), which a later step names as its data.
+
     Args:
-        kind: warmup, reward or safety.
+        kind: warmup, reward or safety; merge, mix or label.
         start: an earlier step, `base`, or a model folder; default: the step before.
         reference: likewise; default: where the step starts. Its weights must equal those of the start, or the stage
             refuses to train: it would first undo the difference. A warm-up has none.
@@ -140,22 +149,50 @@ class StepConfig:
             PreferenceData}; default by kind.
         loss, risk: class paths with init_args, as in `rsa fit`.
         temperature: of this step, instead of the one that beta and lam give.
+        cost_transform, label_scale: as in `rsa fit`, of a safety step that learns from costs; the temperature is then
+            the one above times the label scale.
         lora: settings of this step's adapter over the shared ones; false trains all weights.
         optimizer, schedule: as in `rsa fit`.
         trainer: arguments of the Lightning Trainer, over the shared ones.
+        models: of merge and mix: earlier steps, `base` or folders, with weights that sum to one. Of label: with the
+            multipliers m_k of w = sum_k m_k log(pi_k / pi_ref), whose reference is `reference`.
+        adapter: of merge: a step that trained an adapter. The result is the model it lies on with the adapter times
+            `scale`, exactly the weighted average of the models before and after that step.
+        scale: see adapter.
+        scorer: of label: as evaluation.scorer, which is the default. Scores give w = reward - lam * cost.
+        lam: of label: multiplier of the cost; default the run's.
+        targets: of label: false keeps the order of the pairs and adds the scorer's rewards and costs only, for a safety
+            step with a cost_transform.
     """
 
-    kind: Literal["warmup", "reward", "safety"]
+    kind: Literal["warmup", "reward", "safety", "merge", "mix", "label"]
     start: str | None = None
     reference: str | None = None
     data: str | list[str] | dict[str, Any] | None = None
     loss: Any = None
     risk: Any = None
     temperature: float | None = None
+    cost_transform: Any = None
+    label_scale: float | None = None
     lora: Any = None
     optimizer: Any = None
     schedule: Any = None
     trainer: dict[str, Any] = field(default_factory=dict)
+    models: Any = None
+    adapter: str | None = None
+    scale: float | None = None
+    scorer: Any = None
+    lam: float | None = None
+    targets: bool = True
+
+    @property
+    def trains(self) -> bool:
+        return self.kind in TRAINED
+
+    @property
+    def has_model(self) -> bool:
+        """Whether it leaves a model folder, which later steps may start from or stay near."""
+        return self.trains or self.kind == "merge"
 
 
 @dataclass
@@ -230,23 +267,53 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
 
 
 def _check_order(config: AlignConfig) -> None:
-    """`start` and `reference` name an earlier step, the base model, or a folder."""
+    """`start`, `reference` and members name an earlier step, the base model, or a folder."""
     earlier: list[str] = []
     for name, step in config.steps.items():
-        for key in ("start", "reference"):
-            target = getattr(step, key)
-            if target is None or target in (*earlier, BASE) or Path(target).is_dir():
-                continue
-            later = "it comes later" if target in config.steps else "it is neither an earlier step nor a folder"
-            raise ValueError(
-                f"steps.{name}.{key} is {target!r}: {later}. Earlier steps: {', '.join(earlier) or 'none'} "
-                "(layers keep the order of the first file)"
-            )
+        targets = {"start": step.start, "reference": step.reference}
+        targets |= {f"models.{model}": model for model in step.models or ()}
+        for key, target in targets.items():
+            if target is not None:
+                _check_target(config, f"steps.{name}.{key}", target, earlier)
         if step.kind == "warmup":
             for key in ("reference", "loss", "risk", "temperature"):
                 if getattr(step, key) is not None:
                     raise ValueError(f"steps.{name}.{key}: a warm-up has none; remove it")
+        for key in ("cost_transform", "label_scale"):
+            if step.kind != "safety" and getattr(step, key) is not None:
+                raise ValueError(f"steps.{name}.{key}: only a step of kind safety learns from costs; remove it")
+        if not step.trains:
+            trained = [other for other in earlier if config.steps[other].trains]
+            check_derived(f"steps.{name}", step, config.evaluation.scorer, trained)
+        check_labelled(name, step, {other: config.steps[other].kind for other in config.steps}, earlier)
+        _check_cost_labels(name, step, config)
         earlier.append(name)
+
+
+def _check_target(config: AlignConfig, where: str, target: str, earlier: list[str]) -> None:
+    if target in earlier and not config.steps[target].has_model:
+        kind = config.steps[target].kind
+        why = {"mix": "exists at decoding only: merge its members instead", "label": "is data: name it under data"}
+        raise ValueError(f"{where} is {target!r}, a step of kind {kind}, which has no model folder: it {why[kind]}")
+    if target in (*earlier, BASE) or Path(target).is_dir():
+        return
+    later = "it comes later" if target in config.steps else "it is neither an earlier step nor a folder"
+    raise ValueError(
+        f"{where} is {target!r}: {later}. Earlier steps: {', '.join(earlier) or 'none'} "
+        "(layers keep the order of the first file)"
+    )
+
+
+def _check_cost_labels(name: str, step: StepConfig, config: AlignConfig) -> None:
+    """A cost transform makes targets itself: labelled pairs may bring it costs, not targets."""
+    if step.cost_transform is None:
+        return
+    for source in data_names(step):
+        if source in config.steps and config.steps[source].targets:
+            raise ValueError(
+                f"steps.{name}.cost_transform makes targets, and the pairs of {source} have theirs: set "
+                f"steps.{source}.targets to false, or remove cost_transform"
+            )
 
 
 def _check_name(name: Any, taken: list[str]) -> None:
@@ -264,11 +331,14 @@ def _step(name: str, value: Any) -> StepConfig:
     for key in values:
         if key not in known:
             raise ValueError(f"{where}.{key}: unknown key; known are {', '.join(known)}")
+    check_keys(where, values)
     for key, kinds in LOOSE.items():
         if values.get(key) is not None and (not isinstance(values[key], kinds) or values[key] is True):
             wanted = " or ".join(SHAPES[kind.__name__] for kind in kinds)
             raise ValueError(f"{where}.{key} must be {wanted}, got {values[key]!r}")
     loose = {key: values[key] for key in LOOSE if values.get(key) is not None}
+    if "models" in loose:  # null removes a member of a lower layer
+        loose["models"] = {model: weight for model, weight in loose["models"].items() if weight is not None}
     typed = {key: item for key, item in values.items() if key not in LOOSE}
     return dataclasses.replace(_parse(StepConfig, typed, skip=set(loose), where=where), **loose)
 

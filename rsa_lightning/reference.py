@@ -10,6 +10,10 @@ from rsa_lightning.adapters import adapter_off
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
 
+# max |log policy - log reference|, nats per token, on the first batch: the same weights differ by rounding only
+STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+STEP0_TOLERANCE_LOW_PRECISION = 1e-2
+
 
 class Reference(abc.ABC):
     """Gives hidden states and a head for any batch: the whole reference distribution is known at every token."""
@@ -102,3 +106,33 @@ class AdapterOff(Reference):
         assert self._policy is not None, "prepare() comes first"
         with adapter_off(self._policy):
             return ReferenceStates(self._policy.states(batch), weight=None)
+
+
+def start_of(policy: PolicySpec) -> Reference:
+    """The model a policy starts as. A new adapter adds nothing yet, so without it the policy is that model."""
+    return AdapterOff() if policy.lora is not None and policy.lora.start is None else FrozenCopy()
+
+
+def check_continued(reference: Reference, policy: PolicySpec) -> None:
+    """Refuses by name what a stage's check before the first update would refuse by number. Raises ValueError."""
+    if isinstance(reference, AdapterOff) and policy.lora is not None and policy.lora.start is not None:
+        raise ValueError(
+            f"policy.lora.start continues the adapter {policy.lora.start}, and with that adapter off the reference is "
+            f"the base model {policy.model}, not the reward-aligned one. Either merge that adapter and start a new one "
+            "on the merged model (policy.model: MERGED), or keep it frozen below a new one (policy.adapters: [FOLDER], "
+            "no policy.lora.start), or take the merged model as reference (reference: FrozenCopy with model: MERGED)"
+        )
+
+
+def check_start(gap: float, dtype: torch.dtype, policy: PolicySpec, reference: Reference) -> None:
+    """Raises ValueError where policy and reference are `gap` nats per token apart before the first update."""
+    tolerance = STEP0_TOLERANCE.get(dtype, STEP0_TOLERANCE_LOW_PRECISION)
+    if not gap <= tolerance:
+        raise ValueError(
+            "policy and reference differ before the first update: max |log policy - log reference| is "
+            f"{gap:.3g} nats per token (tolerance {tolerance:g}). The policy starts from "
+            f"{policy.model or 'fresh weights'}, the reference is {reference!r}. Likely causes: "
+            "they are different models (a safety stage and its reference both start from the reward-aligned one), "
+            "or an adapter of an earlier stage is missing in one of them (switching off an adapter that is trained "
+            "further gives the base, not the reward-aligned model)"
+        )

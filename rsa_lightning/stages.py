@@ -8,27 +8,26 @@ from typing import Any, ClassVar, Literal, cast, final
 
 import lightning as L
 import torch
-from jaxtyping import Float
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from rsa_kernels import CVaR, Impl, RiskMeasure, Strategy, TokenStats, nested_risk
 from torch import Tensor, nn
 
 from rsa_lightning.adapters import base_fingerprint
+from rsa_lightning.cost_labels import KEY as LABELS_KEY
+from rsa_lightning.cost_labels import CostLabels, check_state
 from rsa_lightning.data.batch import ROLES, PreferenceBatch
-from rsa_lightning.losses import RSA, PreferenceLoss, PreferenceTerms, SequenceStats
-from rsa_lightning.metrics import WeightedMeans
+from rsa_lightning.losses import RSA, PreferenceLoss, SequenceStats
+from rsa_lightning.metrics import WeightedMeans, per_row, preference_metrics
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.optim import Schedule
-from rsa_lightning.reference import AdapterOff, FrozenCopy, Reference
+from rsa_lightning.reference import Reference, check_continued, check_start, start_of
 from rsa_lightning.temperatures import Parametrization, resolve_temperature
+from rsa_lightning.transforms import CostTransform
 
 log = logging.getLogger(__name__)
 
 OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
-
-# max |log policy - log reference|, nats per token, on the first batch: the same weights differ by rounding only
-STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-STEP0_TOLERANCE_LOW_PRECISION = 1e-2
 
 BASE_KEY = "base_fingerprint"  # in checkpoints that hold an adapter alone
 
@@ -125,6 +124,9 @@ class PolicyStage(L.LightningModule, abc.ABC):
                 "on. Resume with the same policy.model, policy.adapters, policy.dtype and policy.quantize"
             )
 
+    def read_data(self, data: Any) -> None:
+        """What a stage has to know of its data, a `PreferenceData`, before it trains. Raises ValueError."""
+
     @abc.abstractmethod
     def shared_step(self, batch: PreferenceBatch, split: str) -> Tensor:
         """The mean loss of a batch; updates the running means of `split`."""
@@ -206,6 +208,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
 
     stage: ClassVar[Literal["reward", "safety"]]
     reference: Reference
+    labels: CostLabels | None = None  # in place of the order of the pairs
 
     def __init__(
         self,
@@ -232,8 +235,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
         self.roles = ROLES if loss.needs_baseline else ROLES[:2]
         self.needs_pairs = loss.needs_pairs
         # not a submodule: not trained, not in the checkpoint
-        self.__dict__["reference"] = reference or _start_of(policy)
-        _check_reference(self.reference, policy)
+        self.__dict__["reference"] = reference or start_of(policy)
+        check_continued(self.reference, policy)
         self._agreement_checked = False
 
     def configure_model(self) -> None:
@@ -277,16 +280,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         tokens = self.policy(batch, self.reference.states(batch), None, impl=self.impl)
         self.policy.train()
         gap = tokens.logratio.abs().max().item() if tokens.logp.numel() else 0.0
-        tolerance = STEP0_TOLERANCE.get(self.policy.head.weight.dtype, STEP0_TOLERANCE_LOW_PRECISION)
-        if not gap <= tolerance:
-            raise ValueError(
-                "policy and reference differ before the first update: max |log policy - log reference| is "
-                f"{gap:.3g} nats per token (tolerance {tolerance:g}). The policy starts from "
-                f"{self.policy_spec.model or 'fresh weights'}, the reference is {self.reference!r}. Likely causes: "
-                "they are different models (a safety stage and its reference both start from the reward-aligned one), "
-                "or an adapter of an earlier stage is missing in one of them (switching off an adapter that is trained "
-                "further gives the base, not the reward-aligned model)"
-            )
+        check_start(gap, self.policy.head.weight.dtype, self.policy_spec, self.reference)
 
     def sequence_stats(
         self, batch: PreferenceBatch, risk: RiskMeasure | None
@@ -295,7 +289,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         assert self.policy is not None
         options = {"risk_over_logp": self._risk_over_logp(batch), "strategy": self.strategy, "impl": self.impl}
         tokens = self.policy(batch, self.reference.states(batch), risk, **options)
-        logratio = _per_row(tokens.logratio, batch)
+        logratio = per_row(tokens.logratio, batch)
         total = (
             None if tokens.risk is None else nested_risk(tokens.risk, batch["cu_seqlens"], discount=self.discount).total
         )
@@ -327,34 +321,10 @@ class AlignmentStage(PolicyStage, abc.ABC):
         # a loss that reads no risk trains without it (two label log-probs per token), and is still measured on it
         risk = None if split == "train" and not self.loss.reads_risk else self.risk
         tokens, chosen, rejected = self.sequence_stats(batch, risk)
-        terms = self.loss(chosen, rejected, target=batch["target"], offset=batch["offset"])
-        self._means[split].update(self._metrics(batch, tokens, chosen, rejected, terms))
+        soft = None if self.labels is None else self.labels.targets(batch)
+        terms = self.loss(chosen, rejected, target=batch["target"] if soft is None else soft, offset=batch["offset"])
+        self._means[split].update(preference_metrics(batch, tokens, chosen, rejected, terms, soft))
         return terms.losses.mean()
-
-    def _metrics(
-        self,
-        batch: PreferenceBatch,
-        tokens: TokenStats,
-        chosen: SequenceStats,
-        rejected: SequenceStats,
-        terms: PreferenceTerms,
-    ) -> dict[str, Tensor]:
-        """TRL's names. rewards: beta-scaled nats; logps, kl, risk: nats per response."""
-        values = {
-            "loss": terms.losses,
-            "rewards/chosen": terms.chosen_rewards,
-            "rewards/rejected": terms.rejected_rewards,
-            **_by_side("logps", _per_row(tokens.logp, batch), batch),
-        }
-        # of the pairs only: a batch of single responses has none, whatever their numbers
-        ids = [batch["pair_ids"][batch["roles"] == role] for role in range(2)]
-        margins = terms.chosen_rewards[torch.isin(*ids)] - terms.rejected_rewards[torch.isin(*reversed(ids))]
-        values["rewards/margins"] = margins  # TRL's name; right where chosen is the preferred response
-        values["rewards/accuracies"] = (margins > 0).float() + 0.5 * (margins == 0).float()  # a tie is half right
-        if tokens.kl is not None and chosen.risk is not None and rejected.risk is not None:
-            values |= _by_side("kl", _per_row(tokens.kl, batch), batch)
-            values |= {"risk/chosen": chosen.risk, "risk/rejected": rejected.risk}
-        return values
 
 
 @final
@@ -366,33 +336,62 @@ class RewardAlignment(AlignmentStage):
 
 @final
 class SafetyAlignment(AlignmentStage):
-    """Towards the safer response, near the model it starts from, at temperature beta / lam. RSA's second step."""
+    """Towards the safer response, near the model it starts from, at temperature beta / lam. RSA's second step.
+
+    With a cost transform h it learns from the costs c of both responses instead of their order: the label of a pair is
+    sigmoid(s (h(c_l) - h(c_w))), and the temperature s beta / lam. The optimum is pi_ref exp(-(lam / beta) h) / Z for
+    every s (with token-level risk that of the loss, also for every s; of IPO's labels see `target_at`). Implicit
+    rewards are at that temperature, `chosen` may be the response of higher h, margins stay chosen minus rejected, and
+    accuracies count the pairs whose response of lower h has the larger reward, without those that tie in h.
+
+    Args:
+        cost_transform: h; null learns the order of the pairs. Tails need costs of which 0 means safe.
+        label_scale: s; by default the labels of 95 % of the training pairs have a logit of at most 4 (IPO: 0.5).
+    """
 
     stage = "safety"
 
+    def __init__(
+        self,
+        policy: PolicySpec,
+        *,
+        cost_transform: CostTransform | None = None,
+        label_scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        if cost_transform is None and label_scale is not None:
+            raise ValueError(f"label_scale {label_scale} is about a cost_transform, and there is none: set one")
+        super().__init__(policy, **options)
+        if cost_transform is not None:
+            self.labels = self._asked = CostLabels(cost_transform, self.loss, label_scale)
+            self.loss = self.labels.loss
 
-def _start_of(policy: PolicySpec) -> Reference:
-    """The model a policy starts as. A new adapter adds nothing yet, so without it the policy is that model."""
-    return AdapterOff() if policy.lora is not None and policy.lora.start is None else FrozenCopy()
+    def read_data(self, data: Any) -> None:
+        """Finds the label scale, and with it the temperature. Raises ValueError as `CostLabels.fitted`."""
+        if self.labels is not None:
+            self.labels = self._asked.fitted(data)
+            self.loss = self.labels.loss
 
+    def setup(self, stage: str) -> None:
+        self.read_data(getattr(self.trainer, "datamodule", None))
+        if self.labels is not None:
+            rank_zero_only(log.info)("labels: %s, temperature %.4g", self.labels, self.loss.temperature)
 
-def _check_reference(reference: Reference, policy: PolicySpec) -> None:
-    """Refuses by name what the check before the first update would refuse by number."""
-    if isinstance(reference, AdapterOff) and policy.lora is not None and policy.lora.start is not None:
-        raise ValueError(
-            f"policy.lora.start continues the adapter {policy.lora.start}, and with that adapter off the reference is "
-            f"the base model {policy.model}, not the reward-aligned one. Either merge that adapter and start a new one "
-            "on the merged model (policy.model: MERGED), or keep it frozen below a new one (policy.adapters: [FOLDER], "
-            "no policy.lora.start), or take the merged model as reference (reference: FrozenCopy with model: MERGED)"
-        )
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.labels is not None:
+            for logger in self.loggers:
+                logger.log_hyperparams({**self.labels.state(), "temperature": self.loss.temperature})
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.labels is not None:
+            checkpoint[LABELS_KEY] = self.labels.state()
 
-def _per_row(token_values: Float[Tensor, " N"], batch: PreferenceBatch) -> Float[Tensor, " B"]:
-    return torch.segment_reduce(token_values, "sum", offsets=batch["cu_seqlens"], initial=0)
-
-
-def _by_side(name: str, row_values: Float[Tensor, " B"], batch: PreferenceBatch) -> dict[str, Tensor]:
-    return {f"{name}/{role}": row_values[batch["roles"] == code] for code, role in enumerate(ROLES[:2])}
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError where the checkpoint is of other labels, or as every stage."""
+        super().on_load_checkpoint(checkpoint)
+        check_state(self.labels, checkpoint.get(LABELS_KEY))
 
 
 def _under(prefix: str, values: dict[str, Tensor]) -> dict[str, Any]:

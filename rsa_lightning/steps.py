@@ -1,11 +1,12 @@
 """What a step of `rsa align` learns from, and its `rsa fit` configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rsa_lightning.config import merge
-from rsa_lightning.plan import SOURCES, AlignConfig, AlignData, StepConfig, check_options
+from rsa_lightning.kinds import LABELLED_ALONE, SOURCES, data_names
+from rsa_lightning.plan import AlignConfig, AlignData, StepConfig, check_options
 
 STAGES = {
     "warmup": "rsa_lightning.supervised.SupervisedWarmup",
@@ -13,15 +14,23 @@ STAGES = {
     "safety": "rsa_lightning.stages.SafetyAlignment",
 }
 DEFAULT_SOURCES = {"warmup": ("demonstrations",), "reward": ("helpful",), "safety": ("safety",)}
+PAIRS, VALIDATION = "pairs.jsonl", "validation.jsonl"  # in the folder of a step of kind label
 CRITERIA = {"helpful": "helpful", "safety": "safe"}  # source -> criterion, where one data set carries both labels
 
 
-def sources_of(step: StepConfig, data: AlignData) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The sources a step learns from, and its own arguments of PreferenceData.
+def sources_of(
+    step: StepConfig, data: AlignData, labels: Collection[str] = ()
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The sources a step learns from, and its own arguments of PreferenceData. A merge or a mixture has none.
+
+    Args:
+        labels: the names of steps that make data.
 
     Raises:
         ValueError: a source that is not given.
     """
+    if step.kind in ("merge", "mix"):
+        return (), {}
     given = given_sources(data)
     options = dict(step.data) if isinstance(step.data, dict) else {}
     wanted: Any = options.pop("source", None) if isinstance(step.data, dict) else step.data
@@ -32,13 +41,15 @@ def sources_of(step: StepConfig, data: AlignData) -> tuple[tuple[str, ...], dict
             wanted = ("helpful",) if data.path is not None else given
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     check_options(options, "data")
+    if names and set(names) <= set(labels):
+        return names, options
     if "demonstrations" in names and len(names) > 1:
         raise ValueError("data: demonstrations have another format than pairs: give them a step of their own")
     if data.path is not None and len(names) > 1:
         raise ValueError("data: both criteria are in one data set, data.path: name one of them, helpful or safety")
     for name in names or SOURCES[1:]:
         if name not in SOURCES:
-            raise ValueError(f"data: there is no source {name!r}; the sources are {', '.join(SOURCES)}")
+            raise ValueError(f"data: there is no source {name!r}; the sources are {', '.join((*SOURCES, *labels))}")
         if name not in given:
             also = f", or --data.path FILE for rows with both labels (format {data.format})" if name in CRITERIA else ""
             raise ValueError(f"data.{name} is not given: pass --data.{name} FILE{also}")
@@ -53,8 +64,42 @@ def given_sources(data: AlignData) -> list[str]:
     return [name for name in SOURCES if name in both or getattr(data, name) is not None]
 
 
+def label_steps(config: AlignConfig) -> list[str]:
+    """The names of the steps whose pairs others learn from."""
+    return [name for name, step in config.steps.items() if step.kind == "label"]
+
+
+def is_late(step: StepConfig, config: AlignConfig) -> bool:
+    """Whether a step reads what an earlier one writes; those are pairs that were read early, with other targets."""
+    return not set(label_steps(config)).isdisjoint(data_names(step))
+
+
+def early_steps(config: AlignConfig) -> dict[str, StepConfig]:
+    """The steps that read data which is there before anything is trained."""
+    reading = {name: step for name, step in config.steps.items() if step.trains or step.kind == "label"}
+    return {name: step for name, step in reading.items() if not is_late(step, config)}
+
+
+def labelled_data(step: StepConfig, config: AlignConfig) -> dict[str, Any]:
+    """Arguments of PreferenceData about pairs that steps of the run have labelled; they are split as their sources.
+
+    Raises:
+        ValueError: several steps, and a validation file: each has its own.
+    """
+    names, options = sources_of(step, config.data, label_steps(config))
+    shared = {key: value for key, value in config.data.options.items() if key not in LABELLED_ALONE}
+    if config.data.options.get("validation_path") is not None:
+        if len(names) > 1:
+            raise ValueError(f"data: {', '.join(names)} have a validation file each, and a step reads one: name one")
+        shared["validation_path"] = str(Path(config.output) / names[0] / VALIDATION)
+    paths = [str(Path(config.output) / name / PAIRS) for name in names]
+    return {"path": paths[0] if len(paths) == 1 else paths, "format": "trl", **shared, **options}
+
+
 def adapter_of(step: StepConfig, config: AlignConfig) -> dict[str, Any] | None:
     """The LoRA settings of a step; None where it trains all weights."""
+    if not step.trains:
+        return None
     shared = None if step.kind == "warmup" else config.lora
     if step.lora is False or (step.lora is None and shared is None):
         return None
@@ -89,6 +134,8 @@ def fit_config(
             "reference": dict(reference),
             "loss": step.loss,
             "risk": step.risk,
+            "cost_transform": step.cost_transform,
+            "label_scale": step.label_scale,
         }
         if step.temperature is None:
             arguments |= {"beta": config.beta, "lam": config.lam, "parametrization": config.parametrization}

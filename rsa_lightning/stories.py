@@ -27,10 +27,10 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Criterion = Literal["helpful", "safety"]
-Row = dict[str, str]
+Row = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------------- tables
 
@@ -316,7 +316,9 @@ def sample_demonstrations(prompts: Sequence[StoryPrompt], count: int, seed: int)
 def sample_pairs(
     prompts: Sequence[StoryPrompt], criterion: Criterion, count: int, seed: int, temperature: float = 1.0
 ) -> list[Row]:
-    """Rows {prompt, chosen, rejected}, TRL's plain format: two answers of the writer, compared by one criterion.
+    """Two answers of the writer, compared by one criterion: TRL's plain format, with the true costs of both answers.
+
+    Rows {prompt, chosen, rejected, chosen_cost, rejected_cost, chosen_safe, rejected_safe}.
 
         P(a chosen over b) = σ((s_a − s_b) / temperature)      s = reward for "helpful", −cost for "safety"
 
@@ -336,9 +338,16 @@ def sample_pairs(
             margin = cost(prompt, second) - cost(prompt, first)
         if judge.random() >= 0.5 * (1 + math.tanh(margin / (2 * temperature))):  # σ, without overflow
             first, second = second, first
-        rows.append({"prompt": prompt.text, "chosen": first, "rejected": second})
+        rows.append(_compared(prompt, first, second))
     random.Random(f"order {seed}").shuffle(rows)
     return rows
+
+
+def _compared(prompt: StoryPrompt, chosen: str, rejected: str) -> Row:
+    """A row of two answers with their true costs, and whether each is safe."""
+    costs = {"chosen_cost": cost(prompt, chosen), "rejected_cost": cost(prompt, rejected)}
+    safe = {"chosen_safe": costs["chosen_cost"] <= 0, "rejected_safe": costs["rejected_cost"] <= 0}
+    return {"prompt": prompt.text, "chosen": chosen, "rejected": rejected, **costs, **safe}
 
 
 def _two_answers(prompt: StoryPrompt, rng: random.Random) -> tuple[str, str]:
@@ -356,7 +365,7 @@ class StoryWorld(NamedTuple):
     """The quickstart's data: training rows for its three steps, and the questions it is tested on."""
 
     demonstrations: list[Row]  # prompt, completion
-    helpful: list[Row]  # prompt, chosen, rejected
+    helpful: list[Row]  # prompt, chosen, rejected; cost and safety label of both
     safety: list[Row]  # the same answers, compared for safety
     test_prompts: list[Row]  # prompt_id, prompt, hazard
 

@@ -79,6 +79,7 @@ class TokenWorld:
         constraints: int = 1,
         catastrophic: float = 0.04,
         temptation: float = 1.0,
+        conflict: float = 0.0,
         spread: float = 1.0,
     ) -> "TokenWorld":
         """A world whose catastrophes look helpful.
@@ -89,6 +90,7 @@ class TokenWorld:
         by `temptation`.
 
         Args:
+            conflict: how much helpful responses tend to be mildly unsafe: logits of the mild cost per unit of reward.
             spread: standard deviation of the reference's logits.
 
         Raises:
@@ -115,7 +117,7 @@ class TokenWorld:
         costs, tempting = [], torch.zeros(prompts, count, dtype=torch.float64)
         for _ in range(constraints):
             grave = uniform(prompts, count) < catastrophic
-            mild = 1.5 * uniform(prompts, count) - 1.0
+            mild = 1.5 * (uniform(prompts, count).logit() + conflict * worth).sigmoid() - 1.0
             costs.append(torch.where(grave, (1 + normal(prompts, count)).exp(), mild))
             tempting = tempting + temptation * grave
         return cls(reference, worth + 0.3 * normal(prompts, count) + tempting, torch.stack(costs))

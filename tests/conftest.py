@@ -27,9 +27,12 @@ from jaxtyping import install_import_hook
 # Not rsa_kernels: torch.compile cannot trace the checks.
 SHAPE_CHECKED = [
     "rsa_lightning.losses",
+    "rsa_lightning.transforms",
     "rsa_lightning.evaluation.tail",
     "rsa_lightning.world",
     "rsa_lightning.tabular",
+    "rsa_lightning.dual",
+    "rsa_lightning.tail_dual",
 ]
 install_import_hook(SHAPE_CHECKED, "shapes.check")
 

@@ -50,6 +50,7 @@ def test_batch_by_hand():
     assert batch["pair_ids"].tolist() == [0, 1, 0, 1]
     assert batch["target"] is None
     assert batch["offset"] is None
+    assert batch["chosen_costs"] is batch["rejected_costs"] is None
     assert batch["row_ids"] == ["a:1", "a:2"]
     integers = [v for v in batch.values() if isinstance(v, torch.Tensor)]
     assert all(v.dtype == torch.int64 for v in integers)
@@ -209,3 +210,14 @@ def test_positions_pick_the_log_probabilities_of_the_responses(tiny_llama):
         logits = model(batch["input_ids"], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         logp = logits.flatten(0, 1)[batch["positions"]].log_softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
         torch.testing.assert_close(logp, torch.stack(alone), atol=1e-5, rtol=0)
+
+
+def test_costs_reach_the_batch_where_every_example_has_them():
+    costly = [e._replace(chosen_cost=0.0, rejected_cost=float(i)) for i, e in enumerate(EXAMPLES)]
+    batch = collate(costly)
+    assert batch["chosen_costs"].tolist() == [0, 0, 0]
+    assert batch["rejected_costs"].tolist() == [0, 1, 2]
+    assert batch["chosen_costs"].dtype == batch["rejected_costs"].dtype == torch.float32
+    partly = collate([costly[0], costly[1]._replace(rejected_cost=None)])
+    assert partly["chosen_costs"].tolist() == [0, 0]
+    assert partly["rejected_costs"] is None

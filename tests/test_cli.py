@@ -64,7 +64,7 @@ def test_help_names_the_commands(capsys):
 def test_an_unknown_command_is_named(capsys):
     assert rsa("aling", capsys=capsys) == (
         1,
-        "rsa: error: unknown command 'aling': choose align, prepare, fit, validate or test",
+        "rsa: error: unknown command 'aling': choose align, sweep, dual, prepare, merge, fit, validate or test",
     )
 
 
@@ -90,6 +90,32 @@ def test_fit_trains_and_exports(pairs, tmp_path):
     assert "train/rewards/accuracies" in (folder / "metrics.csv").read_text().splitlines()[0]
     assert "class_path: rsa_lightning.losses.DPO" in (folder / "config.yaml").read_text()
     assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_fit_learns_from_costs_relabels_and_names_the_legacy_measure(pairs, tmp_path, monkeypatch):
+    """The commands of the README: a cost transform with its argument, SafeDPO, and Ra-DPO's estimator by short name."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in pairs.open()]
+    for i, row in enumerate(rows):
+        row |= {"chosen_cost": i % 3, "rejected_cost": i % 7, "chosen_safe": i % 3 <= 0, "rejected_safe": i % 7 <= 0}
+    costly = tmp_path / "costs.jsonl"
+    costly.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one_step = [*flags(ONE_STEP), "--data.path", costly, "--trainer.enable_progress_bar", "false"]
+    one_step += ["--trainer.callbacks", "null"]
+    transform = ["--model.cost_transform", "Hinge", "--model.cost_transform.eta", "3", "--model.loss", "DPO"]
+    assert rsa("fit", "-c", SAFETY, *one_step, *transform)[0] == 0
+    written = (tmp_path / "runs/safety/version_0/config.yaml").read_text()
+    assert "class_path: rsa_lightning.transforms.Hinge" in written
+    assert "eta: 3.0" in written
+    assert "label_scale" in (tmp_path / "runs/safety/version_0/hparams.yaml").read_text()
+    again = ["-c", tmp_path / "runs/safety/version_0/config.yaml", "--trainer.logger", "false"]
+    assert rsa("fit", *again, "--model.loss", "IPO")[0] == 0
+    relabel = ["--data.relabel", "SafeDPO", "--data.relabel.margin", "5", "--model.loss", "DPO"]
+    assert rsa("fit", "-c", REWARD, *one_step, *relabel)[0] == 0
+    assert "margin: 5.0" in (tmp_path / "runs/reward/version_0/config.yaml").read_text()
+    legacy = ["--model.risk", "LegacyCVaR", "--model.risk.parts", "1"]
+    assert rsa("fit", "-c", REWARD, *one_step, *legacy)[0] == 0
+    assert "class_path: rsa_lightning.legacy.LegacyCVaR" in (tmp_path / "runs/reward/version_1/config.yaml").read_text()
 
 
 def test_validate_measures_and_trains_nothing(pairs, tiny_llama, tmp_path, capsys):
@@ -148,6 +174,7 @@ def test_bad_data_leaves_no_folder_behind(tmp_path, monkeypatch, capsys):
 
 SETTING_MISTAKES = {
     "temperature twice": (["--model.loss.beta", "0.3"], "the temperature of the safety stage is given twice"),
+    "costs that are not there": (["--model.cost_transform", "MeanCost"], "needs the costs of both responses"),
     "temperature of zero": (["--model.beta", "0"], "beta: a temperature must be a positive number, got 0"),
     "multiplier of zero": (["--model.lam", "0"], "lam: the multiplier must be a positive number"),
     "tail in percent": (["--model.risk.tail", "97"], r"CVaR tail is a probability mass in (0, 1], got 97"),

@@ -53,3 +53,12 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match="broken.yaml is not valid YAML: .* line 2"):
         load_layers([tmp_path / "broken.yaml"])
+
+
+def test_another_class_brings_its_own_arguments():
+    """A layer that takes TDPO where RSA was must not hand RSA's arguments on; the same class keeps what is not said."""
+    below = {"loss": {"class_path": "RSA", "init_args": {"risk_weight": 0.3}}}
+    other = {"loss": {"class_path": "DPO", "init_args": {"label_smoothing": 0.1}}}
+    assert merge(below, other) == other
+    same = {"loss": {"class_path": "rsa_lightning.losses.RSA", "init_args": {"detach_chosen_risk": False}}}
+    assert merge(below, same)["loss"]["init_args"] == {"risk_weight": 0.3, "detach_chosen_risk": False}

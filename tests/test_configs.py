@@ -31,7 +31,7 @@ def one_step(kind: str, config: str, *arguments) -> int:
 
 
 def test_every_configuration_is_tested():
-    assert set(CONFIGS) == ALIGN | FIT | {"debug.yaml"}
+    assert set(CONFIGS) == ALIGN | FIT | {"debug.yaml", "sweep.yaml"}
 
 
 @pytest.mark.parametrize("config", sorted(FIT))
@@ -47,6 +47,21 @@ def test_the_quickstart_survives_one_step(tmp_path):
     size = ["--data.stories.demonstrations", 80, "--data.stories.pairs", 80, "--trainer.max_steps", 1]
     assert one_step("align", "quickstart.yaml", "--output", tmp_path / "run", *size, *SMALL) == 0
     assert len(json.loads((tmp_path / "run/results.json").read_text())["models"]) == 3
+
+
+def test_the_sweep_survives_one_step_a_point(tmp_path, monkeypatch):
+    """Two points of the shipped grid: the steps before safety are those of the first."""
+    monkeypatch.chdir(ROOT)  # its layers are named from here
+    size = ["--data.stories.demonstrations", 80, "--data.stories.pairs", 80, "--trainer.max_steps", 1]
+    size += ["--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1, "--evaluation.figures", "false"]
+    grid = ["--grid", "{lam: [0.5, 4]}", "--output", tmp_path / "sweep"]
+    assert main(["sweep", "-c", "configs/sweep.yaml", *map(str, [*grid, *size, *SMALL])]) == 0
+    found = json.loads((tmp_path / "sweep/results.json").read_text())
+    assert found["selection"]["rule"] == "cantelli"
+    points = sorted((tmp_path / "sweep/points").glob("*_tail-0.5"))
+    assert [(point.name, len(found["rows"])) for point in points] == [("lam-0.5_tail-0.5", 12), ("lam-4_tail-0.5", 12)]
+    steps = json.loads((points[1] / "manifest.json").read_text())["steps"]
+    assert ["taken_from" in step for step in steps.values()] == [True, True, False]
 
 
 def test_human_preferences_survive_one_step(tmp_path):
@@ -79,7 +94,7 @@ def test_human_preferences_survive_one_step(tmp_path):
 def test_the_command_in_a_configuration_names_it(name):
     """The second line of each file is the command that runs it."""
     text = (ROOT / "configs" / name).read_text()
-    assert re.search(rf"# Run:  rsa (align|fit) .*-c configs/{name}", text)
+    assert re.search(rf"# Run:  rsa (align|fit|sweep) .*-c configs/{name}", text)
     load_file(ROOT / "configs" / name)
 
 

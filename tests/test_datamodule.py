@@ -469,3 +469,69 @@ def test_a_template_that_replaces_the_tokenizers_own_says_so(
     with caplog.at_level("INFO"):
         data.prepare()
     assert ("replaces the tokenizer's own chat template" in caplog.text) == said
+
+
+# --- costs
+
+
+def costly(n: int = 40, **columns: object) -> list[dict[str, object]]:
+    """Rows of which every second chosen response costs 1, every rejected one 2."""
+    return [
+        {"prompt": f"Q{i}?", "chosen": f"Yes {i}.", "rejected": f"No {i}.", "chosen_cost": i % 2, "rejected_cost": 2}
+        | columns
+        for i in range(n)
+    ]
+
+
+def flagged(n: int = 40) -> list[dict[str, object]]:
+    return [{**row, "chosen_safe": row["chosen_cost"] <= 0, "rejected_safe": False} for row in costly(n)]
+
+
+def ready(path: Path, rows: list[dict], **options) -> PreferenceData:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceData(str(path), **SHORT | options)
+    data.setup()
+    return data
+
+
+def test_costs_reach_every_batch(tmp_path):
+    data = attached(ready(tmp_path / "a.jsonl", costly(), batch_size=4))
+    expected = {f"a.jsonl:{i + 1}": i % 2 for i in range(40)}
+    batches = [*data.train_dataloader(), *data.val_dataloader()]
+    for batch in batches:
+        assert batch["chosen_costs"].tolist() == [expected[name] for name in batch["row_ids"]]
+        assert set(batch["rejected_costs"].tolist()) == {2.0}
+    table = data.train_examples
+    assert table.numbers("chosen_cost").tolist() == [example.chosen_cost for example in table]
+    assert table.select([3, 1]).numbers("chosen_cost").tolist() == [table[3].chosen_cost, table[1].chosen_cost]
+
+
+def test_a_missing_cost_is_nan_in_the_column(tmp_path):
+    rows = costly()
+    rows[7]["rejected_cost"] = None
+    data = ready(tmp_path / "a.jsonl", rows)
+    nan = [e.row_id for t in (data.train_examples, data.validation_examples) for e, c in
+           zip(t, t.numbers("rejected_cost"), strict=True) if c != c]  # fmt: skip
+    assert nan == ["a.jsonl:8"]
+
+
+def test_safety_labels_in_every_row_anchor_costs_and_nothing_else_does(tmp_path):
+    assert ready(tmp_path / "flags.jsonl", flagged()).anchored_costs
+    assert not ready(tmp_path / "bare.jsonl", costly()).anchored_costs
+    assert not ready(tmp_path / "some.jsonl", [*flagged()[:-1], costly()[-1]]).anchored_costs
+    assert not ready(tmp_path / "none.jsonl", [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(30)]
+                     ).anchored_costs  # fmt: skip
+    assert ready(tmp_path / "bare.jsonl", costly(), anchored_costs=True).anchored_costs
+    assert not ready(tmp_path / "flags.jsonl", flagged(), anchored_costs=False).anchored_costs
+
+
+def test_labels_that_disagree_with_costs_are_counted_unless_costs_are_not_anchored(tmp_path):
+    rows = flagged()
+    rows[4]["chosen_safe"] = False  # it costs 0
+    for anchored in (None, True):
+        data = ready(tmp_path / "a.jsonl", rows, anchored_costs=anchored)
+        assert data.skipped_rows == {"contradictory": ["a.jsonl:5"]}
+        assert data.anchored_costs
+    assert ready(tmp_path / "a.jsonl", rows, anchored_costs=False).report["kept"] == 40
+    kept = ready(tmp_path / "a.jsonl", rows, defects={"contradictory": "keep"})
+    assert (kept.report["kept"], kept.anchored_costs) == (40, False)

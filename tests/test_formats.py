@@ -67,6 +67,29 @@ def test_trl_text_row():
     )
 
 
+def test_costs_and_safety_labels_of_trl():
+    """Numbers and booleans, or null where a table of mixed rows has none; rewards are left alone."""
+    known = {"chosen_cost": -1, "rejected_cost": 2.5, "chosen_safe": True, "rejected_safe": False}
+    assert trl({**TRL_ROW, **known, "chosen_reward": "high"}) == PreferencePair("Say hi.", "Hi!", "No.", **known)
+    messages = {"prompt": said("Say hi."), "chosen": said("Hi!", first="assistant"), "rejected": "No."}
+    assert trl({**messages, "rejected": said("No.", first="assistant"), **known}).rejected_cost == 2.5
+    nothing = dict.fromkeys(known)
+    assert trl({**TRL_ROW, **nothing}) == trl(TRL_ROW)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("chosen_cost", True, "'chosen_cost' must be a number, got bool True"),
+        ("rejected_cost", float("nan"), "'rejected_cost' must be finite"),
+        ("chosen_safe", 1, "'chosen_safe' must be true or false, got int 1"),
+    ],
+)
+def test_costs_are_numbers_and_safety_labels_booleans(column, value, message):
+    with pytest.raises(FormatError, match=message):
+        trl({**TRL_ROW, column: value})
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -48,9 +48,14 @@ ROOMS = {
     "__main__": ("cli", ""),
     "losses": ("kernels.risk", "torch jaxtyping"),
     "temperatures": ("", ""),
+    "transforms": ("", "torch jaxtyping"),
+    "cost_labels": ("data.batch data.table losses transforms", "torch numpy jaxtyping"),
+    "legacy": ("kernels.risk", "torch jaxtyping"),
     "stories": ("", "torch"),
     "world": ("kernels evaluation evaluation.tail", "torch jaxtyping"),
     "tabular": ("kernels losses world", "torch jaxtyping"),
+    "dual": ("", "torch jaxtyping"),
+    "tail_dual": ("dual evaluation.tail", "torch jaxtyping"),
     "data": ("", ""),
     "data.records": ("", ""),
     "data.columns": ("data.records", ""),
@@ -65,10 +70,11 @@ ROOMS = {
     "data.sampler": ("", "torch"),
     "data.table": ("data.batch data.records", "numpy pyarrow"),
     "data.cache": ("checkpoint data.records", "filelock"),
-    "data.ledger": ("data.columns data.formats data.quality data.readers data.records", ""),
+    "data.relabel": ("data.records", ""),
+    "data.ledger": ("data.columns data.formats data.quality data.readers data.records data.relabel", ""),
     "data.statistics": ("data.records data.table", "numpy"),
     "data.settings": (
-        "checkpoint data.quality data.readers data.template data.tokenize",
+        "checkpoint data.quality data.readers data.relabel data.template data.tokenize",
         "transformers",
     ),
     "data.prepare": (
@@ -77,7 +83,7 @@ ROOMS = {
         "transformers",
     ),
     "data.datamodule": (
-        "data.batch data.prepare data.quality data.records data.sampler data.settings data.statistics data.table "
+        "data.batch data.prepare data.quality data.records data.relabel data.sampler data.settings data.statistics data.table "
         "data.tokenize",
         "numpy torch lightning transformers",
     ),
@@ -86,49 +92,88 @@ ROOMS = {
         "kernels adapters checkpoint data.batch parsing",
         "torch transformers safetensors jaxtyping",
     ),
+    "weights": ("", ""),
+    "decoding": ("weights", "torch transformers jaxtyping"),
+    "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
+    "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
     "reference": ("adapters models data.batch", "torch"),
     "optim": ("", "torch transformers"),
-    "metrics": ("", "torch torchmetrics jaxtyping"),
+    "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "stages": (
-        "kernels adapters data.batch losses metrics models optim reference temperatures",
+        "kernels adapters cost_labels data.batch losses metrics models optim reference temperatures transforms",
         "torch lightning jaxtyping",
     ),
     "supervised": ("kernels data.batch models optim stages", "torch"),
     "callbacks": ("adapters checkpoint models stages", "lightning"),
     "checkpoint": ("", ""),
     "manifest": ("checkpoint", ""),
+    "sharing": ("checkpoint lineage manifest plan", ""),
     "config": ("", "yaml"),
     "parsing": ("", ""),
     "evaluation": ("", ""),
     "evaluation.tail": ("kernels.risk", "torch jaxtyping"),
     "evaluation.samples": ("checkpoint", ""),
-    "evaluation.generate": ("checkpoint data.records data.tokenize evaluation.samples", "torch transformers jaxtyping"),
+    "evaluation.folders": ("data.tokenize decoding weights", "transformers"),
+    "evaluation.generate": (
+        "checkpoint data.records data.tokenize evaluation.folders evaluation.samples",
+        "torch transformers jaxtyping",
+    ),
     "evaluation.score": ("checkpoint evaluation.samples", ""),
     "evaluation.reward_models": ("data.records data.tokenize", "torch transformers safetensors"),
-    "evaluation.preference": ("kernels data.tokenize evaluation.tail models", "torch"),
-    "evaluation.figures": ("evaluation.tail", "torch matplotlib"),
+    "evaluation.preference": (
+        "kernels data.tokenize decoding evaluation.folders evaluation.tail models",
+        "torch jaxtyping",
+    ),
+    "evaluation.frontier": ("evaluation.tail", "torch"),
+    "evaluation.figures": ("evaluation.frontier evaluation.tail", "torch matplotlib"),
     "evaluation.wording": ("evaluation.samples", ""),
     "evaluation.report": (
         "checkpoint evaluation evaluation.tail evaluation.samples evaluation.figures evaluation.wording",
         "torch rich",
     ),
-    "fit": ("callbacks config losses models reference supervised stages data.datamodule", "lightning"),
+    "fit": (
+        "callbacks config legacy losses models reference supervised stages transforms data.datamodule",
+        "lightning",
+    ),
+    "evaluation.comparison": (
+        "checkpoint evaluation.figures evaluation.frontier evaluation.report evaluation.samples evaluation.wording",
+        "rich",
+    ),
     "preparation": ("checkpoint config data.datamodule data.prepare fit pipeline plan", "rich"),
     "hub": ("parsing", "huggingface_hub"),
-    "plan": ("evaluation.generate models parsing temperatures", "jsonargparse"),
-    "steps": ("config plan", ""),
-    "lineage": ("plan steps", ""),
+    "kinds": ("weights", ""),
+    "plan": ("evaluation.generate kinds models parsing temperatures", "jsonargparse"),
+    "steps": ("config kinds plan", ""),
+    "lineage": ("adapters checkpoint hub models plan steps", ""),
+    "labels": (
+        "checkpoint data.datamodule data.ledger data.prepare data.records data.tokenize evaluation.preference "
+        "evaluation.samples evaluation.score models",
+        "torch",
+    ),
+    "derived": (
+        "adapters checkpoint data.datamodule data.records evaluation.score labels lineage manifest members merge models plan "
+        "steps weights",
+        "torch rich",
+    ),
     "assess": (
         "kernels checkpoint data.datamodule data.records data.readers data.tokenize manifest plan stages evaluation.figures "
-        "evaluation.generate evaluation.preference evaluation.report evaluation.score",
+        "evaluation.folders evaluation.generate evaluation.preference evaluation.report evaluation.score",
         "torch rich",
     ),
     "pipeline": (
-        "adapters assess checkpoint data.datamodule data.formats data.readers data.tokenize fit hub lineage manifest models parsing plan stages "
-        "steps stories",
+        "assess checkpoint data.datamodule data.formats data.readers data.tokenize derived fit hub kinds labels lineage manifest "
+        "models parsing plan sharing stages steps stories",
         "lightning rich",
     ),
-    "cli": ("config fit parsing pipeline plan preparation", "transformers"),
+    "budget": (
+        "checkpoint config dual evaluation.samples evaluation.wording manifest tail_dual temperatures",
+        "torch rich",
+    ),
+    "sweep": (
+        "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
+        "rich",
+    ),
+    "cli": ("budget config fit merge parsing pipeline plan preparation sweep", "transformers"),
 }
 
 

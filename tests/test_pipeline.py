@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from rsa_lightning.assess import read_prompts
 from rsa_lightning.cli import main
 from rsa_lightning.config import merge
-from rsa_lightning.pipeline import align
+from rsa_lightning.pipeline import Run, align
+from rsa_lightning.plan import read_config
 
 TINY = {
     "model_type": "llama",
@@ -144,6 +145,54 @@ def test_a_changed_lambda_names_the_temperatures(copy):
     assert "safety: runs again, changed: temperature" in printed
     manifest = json.loads((copy / "manifest.json").read_text())
     assert manifest["steps"]["safety"]["temperature"] == pytest.approx(0.025)
+
+
+def test_a_safety_step_learns_from_the_true_costs_of_the_world(copy):
+    """The manifest and the report name the temperature that was used, s beta / lam; a scale of one's own is another."""
+    hinge = {"class_path": "Hinge", "init_args": {"eta": 0.5, "tail": 0.1}}
+    changes = {"steps": {"safety": {"loss": "DPO", "cost_transform": hinge}}, "beta": 0.1, "lam": 4.0}
+    _, printed = run(STORIES, copy, **changes)
+    assert "safety: runs again, changed: step.loss, step.cost_transform, temperature" in printed
+    entry = json.loads((copy / "manifest.json").read_text())["steps"]["safety"]
+    scale = entry["label_scale"]
+    assert 0 < scale < 4  # the costs of the unsafe answers are 1 and more, h of them 5 and more
+    assert entry["temperature"] == pytest.approx(scale * 0.1 / 4.0)
+    row = next(line for line in (copy / "report.md").read_text().splitlines() if line.startswith("| safety (safety)"))
+    assert f"| Hinge(eta=0.5, tail=0.1), scale {scale:.3g} | {entry['temperature']:g} |" in row
+    _, printed = run(STORIES, copy, **changes)
+    assert printed.count("reused") == 3
+    _, printed = run(STORIES, copy, **merge(changes, {"steps": {"safety": {"label_scale": 1.0}}}))
+    assert "safety: runs again, changed: step.label_scale, temperature" in printed
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert manifest["steps"]["safety"]["temperature"] == pytest.approx(0.025)
+
+
+def test_what_costs_cannot_say_is_said_before_training(tmp_path):
+    changes = {"safety": {"cost_transform": {"class_path": "Indicator", "init_args": {"threshold": 1e6}}}}
+    with pytest.raises(ValueError, match="steps.safety: no pair differs under this transform"):
+        run(STORIES, tmp_path / "run", steps=changes)
+    assert not (tmp_path / "run/warmup").exists()
+
+
+def test_a_step_of_safedpo_relabels_its_own_pairs_and_leaves_those_that_are_judged(tmp_path):
+    """40 pairs of answers of which a fifth is unsafe: some are swapped, the pairs of two unsafe answers are left out."""
+    relabel = {"class_path": "SafeDPO", "init_args": {"margin": 4.0}}
+    config = merge(STORIES, {"output": str(tmp_path / "run"), "data": {"stories": {"pairs": 200}}})
+    config["steps"] = {"safedpo": {"kind": "reward", "loss": "DPO", "data": {"source": "helpful", "relabel": relabel}}}
+    made = Run(read_config(config), config, Console(file=io.StringIO()))
+    made.execute()
+    entry = json.loads((tmp_path / "run/manifest.json").read_text())["steps"]["safedpo"]
+    rows = [json.loads(line) for line in (tmp_path / "run/inputs/helpful.jsonl").open()]
+    unsafe = sum(not (row["chosen_safe"] or row["rejected_safe"]) for row in rows)
+    assert entry["data"]["skipped"]["both_unsafe"] == unsafe > 0
+    assert entry["inputs"]["data"]["relabel"] == relabel
+    trained = {e.row_id: e for e in made.data(made.config.steps["safedpo"]).train_examples}
+    assert {e.offset for e in trained.values()} == {0.0, 4.0}
+    judged = made._criteria()["helpful"]
+    assert judged.settings.relabel is None
+    swapped = [e for e in judged.train_examples if e.row_id in trained and trained[e.row_id].chosen_cost == e.rejected_cost
+               and e.chosen_cost > 0 >= e.rejected_cost]  # fmt: skip
+    assert swapped
 
 
 def test_a_model_changed_on_disk_is_not_reused(copy):

@@ -62,6 +62,15 @@ def test_temperatures_reach_the_stage():
     assert arguments["loss"] == {"class_path": "DPO", "init_args": {"beta": 0.3}}
 
 
+def test_costs_reach_a_safety_step():
+    parsed = config({"a": {"kind": "safety", "cost_transform": "MeanCost", "label_scale": 2}})
+    arguments = built(parsed.steps["a"], parsed)["model"]["init_args"]
+    assert (arguments["cost_transform"], arguments["label_scale"]) == ("MeanCost", 2.0)
+    plain = config({"a": {"kind": "safety"}, "b": {"kind": "reward"}})
+    for step in plain.steps.values():
+        assert not {"cost_transform", "label_scale"} & built(step, plain)["model"]["init_args"].keys()
+
+
 def test_shared_trainer_arguments_lie_below_those_of_a_step():
     parsed = config(
         {"a": {"kind": "warmup", "trainer": {"max_epochs": 7}}}, trainer={"max_epochs": 2, "gradient_clip_val": 0.5}
@@ -124,6 +133,18 @@ MISTAKES = {
     "no prompts": (
         {"evaluation": {"prompts": 0}, "steps": {"a": {"kind": "reward"}}},
         "evaluation.prompts must be at least 2, got 0",
+    ),
+    "costs of a reward step": (
+        {"steps": {"a": {"kind": "reward", "cost_transform": "MeanCost"}}},
+        "steps.a.cost_transform: only a step of kind safety learns from costs; remove it",
+    ),
+    "label scale of a warm-up": (
+        {"steps": {"a": {"kind": "warmup", "label_scale": 1.0}}},
+        "steps.a.label_scale: only a step of kind safety learns from costs; remove it",
+    ),
+    "cost transform of the wrong type": (
+        {"steps": {"a": {"kind": "safety", "cost_transform": 3}}},
+        "steps.a.cost_transform must be a name or a mapping, got 3",
     ),
     "later start": (
         {"steps": {"a": {"kind": "reward", "start": "b"}, "b": {"kind": "safety"}}},

@@ -363,7 +363,11 @@ def test_labels_are_counted():
         "both_unsafe": 1,
         "chosen_is_longer": 0.25,
         "costs": {"0": 1, "2": 2, "3": 1},
+        "costs_of_both": 2,
+        "costs_confirmed": 2,
     }
+    unknown = [PreferencePair("p", "a", "b", chosen_cost=1.0, rejected_cost=2.0, chosen_safe=True, rejected_safe=False)]
+    assert "costs_confirmed" not in label_counts(unknown)  # a safe response costs 1
     assert label_counts([RatedResponse("p", "a"), RatedResponse("p", "b", desirable=False, cost=0.5)]) == {
         "desirable": 1,
         "undesirable": 1,

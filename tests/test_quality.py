@@ -24,6 +24,21 @@ GOOD, BAD = RatedResponse("p", "a", True), RatedResponse("p", "a", False)
 MESSAGES = (Message("user", "p"),)
 
 
+def test_a_safety_label_and_an_anchored_cost_that_disagree_contradict_each_other():
+    """0 or less is safe. Costs that are known up to a constant only cannot disagree."""
+    for safe, cost, wrong in (
+        (True, 0, False),
+        (True, -1, False),
+        (False, 2, False),
+        (True, 2, True),
+        (False, 0, True),
+    ):
+        pair = PreferencePair("p", "a", "b", rejected_safe=safe, rejected_cost=cost)
+        assert defects_of(pair) == (("contradictory",) if wrong else ())
+        assert defects_of(pair, anchored=False) == ()
+    assert defects_of(PreferencePair("p", "a", "b", chosen_cost=2.0)) == ()
+
+
 # --- policies
 
 

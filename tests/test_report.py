@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,12 @@ def records(run: Path, *names: str) -> list[ModelRecord]:
 def test_results_have_the_published_keys_in_step_order(run: Path):
     found = results(records(run), resamples=50)
     assert [model["name"] for model in found["models"]] == ["warmup", "reward", "safety"]
-    figures_of = ["reward_mean", "cost_mean", "unsafe_rate", "cost_var", "cost_cvar", "kl_to_start"]
+    figures_of = ["reward_mean", "cost_mean", "unsafe_rate", "cost_var", "cost_cvar", "cost_cantelli", "kl_to_start"]
     for model in found["models"]:
         assert list(model) == ["name", *figures_of, "samples", "ci95"]
         assert list(model["ci95"]) == figures_of
-        for nested in (model["cost_var"], model["cost_cvar"], model["ci95"]["cost_var"], model["ci95"]["cost_cvar"]):
-            assert list(nested) == ["0.9", "0.95", "0.99"]
+        for key in ("cost_var", "cost_cvar", "cost_cantelli"):
+            assert list(model[key]) == list(model["ci95"][key]) == ["0.9", "0.95", "0.99"]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -93,6 +94,8 @@ def test_figures_are_those_of_the_samples(run: Path):
     for level, worst in (("0.9", 30), ("0.95", 15), ("0.99", 3)):
         assert model["cost_cvar"][level] == pytest.approx(sum(costs[:worst]) / worst, rel=1e-10)
         assert model["cost_var"][level] == pytest.approx(costs[worst], abs=1e-11)
+    # 0.9 / 0.1 = 9: three standard deviations above the mean
+    assert model["cost_cantelli"]["0.9"] == pytest.approx(statistics.mean(costs) + 3 * statistics.pstdev(costs))
     low, high = model["ci95"]["reward_mean"]
     # answers are independent here, so the interval is about mean +- 1.96 * 0.5 / sqrt(300)
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(300), rel=0.25)
@@ -178,6 +181,7 @@ def test_a_handful_of_unsafe_answers_is_called_that(tmp_path: Path):
     assert "Only 1 of the scored answers of `m` is unsafe, with costs up to 80.0: too few to tell" in text
     assert f"below {bound:.1f} % (95 % confidence" in text
     assert "| unsafe answers | 1 |" in text
+    assert "| Cantelli bound on VaR 0.99 |" in text
     assert "| m (safety) | DPO | 0.05 |" in text
 
 

@@ -16,6 +16,7 @@ from rsa_lightning.callbacks import ModelExport
 from rsa_lightning.data.batch import ROLES, collate
 from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.data.records import PreferencePair, RatedResponse
+from rsa_lightning.data.relabel import SafeDPO
 from rsa_lightning.data.tokenize import Lengths, encode_records, pad_id
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, TDPO
 from rsa_lightning.models import PolicySpec, save_policy
@@ -23,6 +24,7 @@ from rsa_lightning.optim import Schedule
 from rsa_lightning.reference import FrozenCopy
 from rsa_lightning.stages import RewardAlignment, SafetyAlignment
 from rsa_lightning.supervised import SupervisedWarmup
+from rsa_lightning.transforms import Exponential, Hinge, Indicator, MeanCost
 
 WORDS = "fox owl river bread cloth place answer human cool dry old safe sleep cross".split()
 PAIRS = [
@@ -477,3 +479,160 @@ def test_cosine_with_warm_up_reaches_zero(tiny_llama, pairs_file, tmp_path):
     assert rates[-1] == pytest.approx(0.0, abs=1e-9)
     with pytest.raises(ValueError, match=r"schedule.warmup is a share of the steps in \[0, 1\), got 3"):
         Schedule(warmup=3)
+
+
+# --- labels of costs
+
+
+COSTLY = [
+    PreferencePair("How do I keep bread fresh?", " Wrap it in a cloth.", " No.", chosen_cost=0.0, rejected_cost=2.0),
+    PreferencePair("Who?", " The old owl.", " Assistant", chosen_cost=5.0, rejected_cost=1.5),
+    PreferencePair("Is it dry?", " Cool.", " Safe, said the fox.", chosen_cost=1.0, rejected_cost=0.5),
+]
+
+
+@pytest.fixture(scope="module")
+def costly_file(tmp_path_factory, pairs_file):
+    """The 40 pairs with anchored costs: 0 or 1 for the chosen response, 0 to 4 for the rejected one."""
+    path = tmp_path_factory.mktemp("costs") / "costly.jsonl"
+    rows = [json.loads(line) for line in pairs_file.open()]
+    for i, row in enumerate(rows):
+        row |= {"chosen_cost": i % 2, "rejected_cost": i % 5}
+        row |= {"chosen_safe": row["chosen_cost"] <= 0, "rejected_safe": row["rejected_cost"] <= 0}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def safety(folder, transform, loss=None, **options):
+    return stage(folder, SafetyAlignment, loss or DPO(), cost_transform=transform, **options)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_step_on_labels_of_costs_by_hand(split, tiny_llama, tiny_tokenizer, tmp_path):
+    """h = (c - 1)+ / 0.5 is 0, 2 | 8, 1 | 0, 0: labels σ(0.25 Δh) = σ(0.5), σ(-1.75), ½ at temperature 0.25 · 0.4 / 2.
+
+    The second pair prefers its rejected response, the third neither.
+    """
+    module = safety(tiny_llama, Hinge(1.0, 0.5), beta=0.4, lam=2.0, label_scale=0.25)
+    assert module.loss.beta == pytest.approx(0.05)
+    _configured(module, tmp_path)
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    batch = make_batch(tiny_tokenizer, COSTLY)
+    with torch.no_grad():
+        tokens = module.policy(batch, module.reference.states(batch), KL(), impl="naive")
+    logratios = [sum(row) for row in by_row(tokens.logp - tokens.ref_logp, batch)]
+    logits = [0.05 * (chosen - rejected) for chosen, rejected in zip(logratios[:3], logratios[3:], strict=True)]
+    targets = [1 / (1 + math.exp(-x)) for x in (0.5, -1.75, 0.0)]
+    losses = [t * softplus(-z) + (1 - t) * softplus(z) for t, z in zip(targets, logits, strict=True)]
+    assert module.shared_step(batch, split).item() == pytest.approx(fmean(losses), rel=1e-4)
+    found = {name: value.item() for name, value in module._means[split].read().items()}
+    assert found["rewards/margins"] == pytest.approx(fmean(logits), rel=1e-3, abs=1e-5)
+    assert found["rewards/accuracies"] == ((logits[0] > 0) + (logits[1] < 0)) / 2
+
+
+@pytest.mark.parametrize("loss", [DPO(), IPO(), TDPO(), RSA()])
+def test_the_scale_comes_from_the_training_pairs_and_the_temperature_with_it(
+    loss, tiny_llama, costly_file, tmp_path, caplog
+):
+    """Of the logits of 95 % of the training pairs the largest is 4 (IPO: ½), whatever the loss; then it trains."""
+    pairs, module = data(costly_file), safety(tiny_llama, MeanCost(), loss, beta=0.3, lam=3.0, risk=KL())
+    logger = L.pytorch.loggers.CSVLogger(tmp_path, name="logs")
+    with caplog.at_level("INFO", logger="rsa_lightning"):
+        trainer(tmp_path, logger=logger, limit_val_batches=1.0).fit(module, pairs)
+    gaps = sorted(abs(e.rejected_cost - e.chosen_cost) for e in pairs.train_examples)
+    scale = (0.5 if isinstance(loss, IPO) else 4.0) / gaps[math.ceil(0.95 * len(gaps)) - 1]
+    assert module.labels.scale == pytest.approx(scale)
+    assert module.loss.beta == pytest.approx(scale * 0.1)
+    assert f"labels: MeanCost(), scale {scale:.4g}, temperature {scale * 0.1:.4g}" in caplog.messages
+    assert type(module.loss) is type(loss)
+    written = (next((tmp_path / "logs").glob("*/hparams.yaml"))).read_text()
+    assert f"temperature: {module.loss.beta}" in written
+    assert "cost_transform: MeanCost()" in written
+
+
+def test_without_a_transform_costs_change_nothing(tiny_llama, pairs_file, costly_file, tmp_path):
+    after = []
+    for file in (pairs_file, costly_file):
+        module = stage(tiny_llama, SafetyAlignment, RSA(beta=0.1))
+        trainer(tmp_path).fit(module, data(file))
+        after.append(weights(module))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+@pytest.mark.parametrize(
+    ("transform", "columns", "options", "message"),
+    [
+        (MeanCost(), {"chosen_cost": None}, {}, r"needs the costs of both responses, and 38 of 38 pairs lack one \(costs"),
+        (MeanCost(), {"target": 0.9}, {}, "makes the labels, and 38 of 38 pairs have a target or an offset of their own"),
+        (MeanCost(), {}, {"relabel": SafeDPO(1.0)}, "have a target or an offset of their own .* \\(or relabel\\)"),
+        (Hinge(), {"rejected_safe": None}, {}, r"Hinge\(eta=0.0, tail=1.0\) needs costs of which 0 means safe, .*"
+         "set data.anchored_costs to true"),
+        (Indicator(9.0), {}, {}, "no pair differs under this transform: choose another threshold"),
+        (Exponential(40.0), {}, {}, r"exp\(mu \* cost\) overflows at the cost 4: lower mu"),
+    ],
+    ids=["no costs", "targets", "offsets", "not anchored", "all tie", "overflow"],
+)  # fmt: skip
+def test_data_that_gives_no_labels_is_refused_before_training(
+    transform, columns, options, message, tiny_llama, costly_file, tmp_path
+):
+    rows = [json.loads(line) | columns for line in costly_file.open()]
+    path = tmp_path / "costs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = safety(tiny_llama, transform)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(module, data(path, **options))
+    assert module.policy is None  # nothing was loaded
+
+
+def test_costs_that_are_known_up_to_a_constant_will_do_for_their_mean_or_when_said_to_be_anchored(
+    tiny_llama, costly_file, tmp_path
+):
+    bare = tmp_path / "bare.jsonl"
+    rows = [{k: v for k, v in json.loads(line).items() if "safe" not in k} for line in costly_file.open()]
+    bare.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for transform, options in ((MeanCost(), {}), (Indicator(0.5), {"anchored_costs": True})):
+        trainer(tmp_path).fit(safety(tiny_llama, transform), data(bare, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": KTO()}, "cost_transform labels pairs, and KTO judges single responses: take DPO, IPO, TDPO or RSA"),
+        ({"loss": RSA(label_smoothing=0.1)}, "RSA.label_smoothing would bend them: set it to 0"),
+        ({"label_scale": 0.0}, "label_scale is a positive number of nats per unit of h, got 0"),
+        ({"transform": None, "label_scale": 1.0}, "label_scale 1.0 is about a cost_transform, and there is none"),
+    ],
+)
+def test_settings_that_make_no_labels_are_errors(options, message, tiny_llama):
+    with pytest.raises(ValueError, match=message):
+        safety(tiny_llama, **{"transform": MeanCost(), **options})
+
+
+def test_a_batch_without_costs_and_a_run_without_a_data_module_are_errors(tiny_llama, tiny_tokenizer, tmp_path):
+    module = _configured(safety(tiny_llama, MeanCost(), label_scale=1.0), tmp_path)
+    with pytest.raises(ValueError, match="needs the costs of both responses"):
+        module.shared_step(make_batch(tiny_tokenizer, [PreferencePair("a", "b", "c")]), "train")
+    with pytest.raises(ValueError, match="attach one as the data module"):
+        trainer(tmp_path).fit(safety(tiny_llama, MeanCost()), [make_batch(tiny_tokenizer, COSTLY)])
+
+
+def test_a_resume_on_other_labels_is_refused(tiny_llama, costly_file, tmp_path):
+    run = trainer(tmp_path, enable_checkpointing=True)
+    run.fit(safety(tiny_llama, Indicator(0.5), label_scale=2.0), data(costly_file))
+    run.save_checkpoint(tmp_path / "labels.ckpt")
+    checkpoint = torch.load(tmp_path / "labels.ckpt", weights_only=True)
+    assert checkpoint["cost_labels"] == {"cost_transform": "Indicator(threshold=0.5)", "label_scale": 2.0}
+    others = [
+        (safety(tiny_llama, Indicator(0.5)), r"labels of Indicator\(threshold=0.5\) with label_scale 4.0: restore"),
+        (safety(tiny_llama, Indicator(1.5), label_scale=2.0), r"this stage on labels of Indicator\(threshold=1.5\)"),
+        (stage(tiny_llama, SafetyAlignment, DPO()), "this stage on the order of the pairs: restore cost_transform"),
+    ]
+    for module, message in others:
+        with pytest.raises(ValueError, match=f"the checkpoint was trained on labels of .*{message}"):
+            trainer(tmp_path, max_steps=2).fit(module, data(costly_file), ckpt_path=tmp_path / "labels.ckpt")
+    resumed = trainer(tmp_path, max_steps=2)
+    same = safety(tiny_llama, Indicator(0.5), label_scale=2.0)
+    resumed.fit(same, data(costly_file), ckpt_path=tmp_path / "labels.ckpt")
+    assert resumed.global_step == 2

@@ -204,6 +204,15 @@ def test_labels_follow_bradley_terry(temperature: float) -> None:
     assert statistics.mean(expected) == pytest.approx({0.5: 0.931, 1.0: 0.843, 2.0: 0.73}[temperature], abs=0.02)
 
 
+def test_pairs_carry_the_true_costs_and_labels_of_both_answers() -> None:
+    rows = stories.sample_pairs(TRAIN, "helpful", 400, seed=2)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            assert row[f"{side}_cost"] == stories.score(row["prompt"], row[side])[1]
+            assert row[f"{side}_safe"] is (row[f"{side}_cost"] <= 0)
+    assert 0 < sum(row["chosen_safe"] for row in rows) < len(rows)
+
+
 def test_safety_chooses_the_cheaper_answer() -> None:
     rows = stories.sample_pairs(TRAIN, "safety", 3_000, seed=2)
     grave = [cost for _, cost in margins(rows) if abs(cost) > 5]
@@ -232,7 +241,8 @@ def test_rows_are_plain_and_every_prompt_is_used() -> None:
     world = stories.build(seed=0)
     assert (len(world.demonstrations), len(world.helpful), len(world.safety)) == (3000, 2000, 2000)
     assert all(set(row) == {"prompt", "completion"} for row in world.demonstrations)
-    assert all(set(row) == {"prompt", "chosen", "rejected"} for row in world.helpful + world.safety)
+    costs = {"chosen_cost", "rejected_cost", "chosen_safe", "rejected_safe"}
+    assert all(set(row) == {"prompt", "chosen", "rejected", *costs} for row in world.helpful + world.safety)
     assert all(set(row) == {"prompt_id", "prompt", "hazard"} for row in world.test_prompts)
     assert {row["prompt"] for row in world.demonstrations} == {prompt.text for prompt in TRAIN}
     assert all(row["chosen"] != row["rejected"] for row in world.helpful)

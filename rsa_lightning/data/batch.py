@@ -32,6 +32,8 @@ class PreferenceBatch(TypedDict):
     pair_ids: Int64[Tensor, " B"]  # index of the example within the batch
     target: Float32[Tensor, " P"] | None  # None when every target is 1
     offset: Float32[Tensor, " P"] | None  # None when every offset is 0
+    chosen_costs: Float32[Tensor, " P"] | None  # None when an example has none
+    rejected_costs: Float32[Tensor, " P"] | None
     row_ids: list[str]  # one for each example, to name a batch in a message
 
 
@@ -39,7 +41,7 @@ class EncodedPair(NamedTuple):
     """A record as token ids: the prompt with its BOS, each response with its EOS.
 
     A rated response has one side only: `chosen` if it is desirable, else `rejected`; the other is empty. Costs are the
-    records' graded harm; None where the data has none.
+    records' harm, higher for worse; None where the data has none.
     """
 
     prompt: TokenIds
@@ -101,6 +103,8 @@ def collate(
         pair_ids=torch.tensor([row.example for row in rows]),
         target=optional([e.target for e in examples], neutral=1.0),
         offset=optional([e.offset for e in examples], neutral=0.0),
+        chosen_costs=complete([e.chosen_cost for e in examples]),
+        rejected_costs=complete([e.rejected_cost for e in examples]),
         row_ids=[e.row_id for e in examples],
     )
 
@@ -131,3 +135,8 @@ def int64(ids: TokenIds) -> NDArray[np.int64]:
 def optional(values: list[float], neutral: float) -> Float32[Tensor, " P"] | None:
     """The values as float32, or None where all are neutral and a loss may leave the term out."""
     return None if all(v == neutral for v in values) else torch.tensor(values, dtype=torch.float32)
+
+
+def complete(values: list[float | None]) -> Float32[Tensor, " P"] | None:
+    """The values as float32, or None where an example has none: a part of a batch cannot be learnt from."""
+    return None if any(v is None for v in values) else torch.tensor(values, dtype=torch.float32)

@@ -70,6 +70,16 @@ def finite(value: int | float) -> bool:
     return abs(value) <= LARGEST  # NaN is not
 
 
+def number_or_none(row: Row, column: str, *, low: float = -math.inf) -> float | None:
+    """The finite number in `column`, at least `low`; None where it is absent or null."""
+    return None if row.get(column) is None else checked_number(row[column], f"column {column!r}", low=low)
+
+
+def flag_or_none(row: Row, column: str) -> bool | None:
+    """True or false in `column`; None where it is absent or null."""
+    return None if row.get(column) is None else flag(row, column)
+
+
 def flag(row: Row, column: str) -> bool:
     """True or false in `column`. Numbers are refused: 1 may as well be a rating."""
     value = required(row, column)

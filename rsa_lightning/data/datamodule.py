@@ -19,6 +19,7 @@ from rsa_lightning.data.batch import PaddingSide, PreferenceBatch, collate
 from rsa_lightning.data.prepare import Prepared, prepare
 from rsa_lightning.data.quality import Defects
 from rsa_lightning.data.records import FormatError, Prompt
+from rsa_lightning.data.relabel import Relabel, as_relabel
 from rsa_lightning.data.sampler import PairBatches, even_batches
 from rsa_lightning.data.settings import PrepareSettings
 from rsa_lightning.data.statistics import summary
@@ -66,6 +67,12 @@ class PreferenceData(L.LightningDataModule):
         split: of a dataset of the hub (default train), or of a folder with several.
         validation_split: likewise, of validation_path.
         streaming: read a dataset of the hub without downloading it.
+        anchored_costs: whether a cost of 0 means safe, as it does for ground truth, severity levels and a cost model
+            trained to tell safe from unsafe by its sign, and not for one that is known up to a constant per prompt
+            (Bradley-Terry). Default: yes for pku; for other formats, where every pair with costs has both safety
+            labels and they agree. A pair whose labels disagree is contradictory, unless this is false.
+        relabel: pairs are swapped, given offsets or left out before they are judged: SafeDPO; null takes them as they
+            are.
         cache_dir: where examples are kept, for any run with the same data and settings; null keeps none.
     """
 
@@ -94,6 +101,8 @@ class PreferenceData(L.LightningDataModule):
         split: str | None = None,
         validation_split: str | None = None,
         streaming: bool = False,
+        anchored_costs: bool | None = None,
+        relabel: Relabel | None = None,
         cache_dir: str | None = CACHE,
     ):
         super().__init__()
@@ -125,6 +134,8 @@ class PreferenceData(L.LightningDataModule):
             streaming=streaming,
             seed=seed,
             limit=limit,
+            anchored_costs=anchored_costs,
+            relabel=as_relabel(relabel),
             cache_dir=cache_dir,
         )
         self.tokenizer_name, self.seed, self.length_bucketing = tokenizer, seed, length_bucketing
@@ -161,6 +172,16 @@ class PreferenceData(L.LightningDataModule):
             # without a Trainer the caller reads `report`
             rank_zero_only(log.info if self._stage else log.debug)(summary(self.report))
             self._summarised = True
+
+    @property
+    def anchored_costs(self) -> bool:
+        """Whether a cost of 0 means safe: as the argument says, or as the safety labels of the data show."""
+        if self.settings.anchored_costs is not None:
+            return self.settings.anchored_costs
+        if self.settings.format == "pku":
+            return True
+        labels = self.report["labels"]
+        return labels.get("costs_of_both", 0) == labels.get("costs_confirmed", 0) > 0
 
     @property
     def folder(self) -> Path | None:

@@ -16,12 +16,14 @@ from rsa_lightning.data.columns import (
     checked_number,
     checked_text,
     flag,
+    flag_or_none,
     index,
     is_number,
     last_reply,
     listed,
     messages,
     number,
+    number_or_none,
     prompt_of,
     sharegpt_turn,
     sharegpt_turns,
@@ -39,6 +41,7 @@ from rsa_lightning.data.records import (
     Record,
     Row,
     RowDefect,
+    at_odds,
 )
 
 # --- TRL
@@ -47,8 +50,9 @@ from rsa_lightning.data.records import (
 def trl(row: Row) -> PreferencePair:
     """TRL's preference rows: `chosen`, `rejected`, and `prompt` unless both begin with it; text or message lists.
 
-    Also `target` and `offset`; and where `score_chosen` and `score_rejected` are numbers in the wrong order, the row
-    contradicts itself. Other columns are ignored.
+    Also `target` and `offset`, `chosen_cost` and `rejected_cost` (lower is better), `chosen_safe` and `rejected_safe`;
+    and where `score_chosen` and `score_rejected` are numbers in the wrong order, the row contradicts itself. Other
+    columns are ignored, rewards among them: the order says what they would.
     """
     sides = conversational_sides if isinstance(row.get("chosen"), list) else text_sides
     prompt, chosen, rejected = sides(row)
@@ -58,6 +62,10 @@ def trl(row: Row) -> PreferencePair:
         rejected,
         target=number(row, "target", default=1.0, low=0.0, high=1.0),
         offset=number(row, "offset", default=0.0),
+        chosen_safe=flag_or_none(row, "chosen_safe"),
+        rejected_safe=flag_or_none(row, "rejected_safe"),
+        chosen_cost=number_or_none(row, "chosen_cost"),
+        rejected_cost=number_or_none(row, "rejected_cost"),
         contradictory=wrong_order(row.get("score_chosen"), row.get("score_rejected")),
     )
 
@@ -182,13 +190,7 @@ def flags(row: Row) -> list[bool]:
 
 def severities(row: Row) -> list[float | None]:
     """The severity levels of both responses, 0 (none) and up; None where the release has none."""
-    columns = [f"response_{i}_severity_level" for i in (0, 1)]
-    return [None if row.get(name) is None else number(row, name, default=0.0, low=0.0) for name in columns]
-
-
-def at_odds(safe: bool, cost: float | None) -> bool:
-    """Whether a response's flag and its own severity disagree."""
-    return cost is not None and safe != (cost == 0)
+    return [number_or_none(row, f"response_{i}_severity_level", low=0.0) for i in (0, 1)]
 
 
 def less_safe(safe: list[bool], costs: list[float | None], preferred: int) -> bool:

@@ -6,9 +6,18 @@ from itertools import islice
 
 from rsa_lightning.data.columns import prompt_of
 from rsa_lightning.data.formats import check_format, read_row
-from rsa_lightning.data.quality import WHY, Defects, contaminated, defects_of, evaluation_key, repeated
+from rsa_lightning.data.quality import (
+    INTENDED,
+    WHY,
+    Defects,
+    contaminated,
+    defects_of,
+    evaluation_key,
+    repeated,
+)
 from rsa_lightning.data.readers import Source, read_rows
 from rsa_lightning.data.records import FormatError, Record, RowDefect, human_turns, row_of, with_row_id
+from rsa_lightning.data.relabel import Relabel, relabelled
 
 SHOWN_ROWS = 3  # row ids in a message; the report has all
 
@@ -69,7 +78,8 @@ class Ledger:
     def too_many(self) -> str | None:
         """A sentence where something of more rows was dropped for defects than `max_dropped` allows."""
         faulty = {reason: ids for reason, ids in self.dropped.items() if ids and reason in self.found}
-        faulty.pop("contaminated", None)
+        for reason in ("contaminated", *INTENDED):
+            faulty.pop(reason, None)
         counts = {reason: len(ids) for reason, ids in faulty.items()}
         rows = {row_of(row_id) for ids in faulty.values() for row_id in ids}
         share = len(rows) / max(self.rows, 1)
@@ -92,9 +102,15 @@ def listed(counts: dict[str, int]) -> str:
 
 
 def read_records(
-    source: Source, format: str, criterion: str | None, limit: int | None, ledger: Ledger, place: str = ""
+    source: Source,
+    format: str,
+    criterion: str | None,
+    limit: int | None,
+    ledger: Ledger,
+    place: str = "",
+    relabel: Relabel | None = None,
 ) -> list[Record]:
-    """The records of a source, named by `place` and their rows. What gives none is entered into the ledger.
+    """The records of a source, relabelled, named by `place` and their rows. What gives none is entered into the ledger.
 
     Raises:
         FormatError: unknown format or criterion; the source is missing, empty or damaged as a whole.
@@ -107,7 +123,7 @@ def read_records(
         try:
             if isinstance(row, FormatError):
                 raise row
-            records += with_row_id(read_row(format, row, criterion), row_id)
+            records += with_row_id(relabelled(read_row(format, row, criterion), relabel), row_id)
         except RowDefect as defect:
             ledger.lose(defect.reason, [row_id])
         except FormatError as error:
@@ -115,10 +131,10 @@ def read_records(
     return records
 
 
-def sift(records: Sequence[Record], evaluation_keys: set[str], ledger: Ledger) -> list[Record]:
+def sift(records: Sequence[Record], evaluation_keys: set[str], ledger: Ledger, anchored: bool = True) -> list[Record]:
     """The records without those that a policy drops; every defect is entered into the ledger."""
     reasons: dict[int, str] = {}
-    for reason, indices in defects(records, evaluation_keys).items():
+    for reason, indices in defects(records, evaluation_keys, anchored).items():
         ledger.find(reason, [records[i].row_id for i in indices])
         if ledger.drops(reason):
             for i in indices:
@@ -128,11 +144,11 @@ def sift(records: Sequence[Record], evaluation_keys: set[str], ledger: Ledger) -
     return [record for i, record in enumerate(records) if i not in reasons]
 
 
-def defects(records: Sequence[Record], evaluation_keys: set[str]) -> dict[str, list[int]]:
+def defects(records: Sequence[Record], evaluation_keys: set[str], anchored: bool) -> dict[str, list[int]]:
     """The indices of the records with each defect; the first defect of a record is the one it is dropped for."""
     found: dict[str, list[int]] = {"empty": [], "identical": [], "contradictory": [], "duplicate": []}
     for i, record in enumerate(records):
-        for reason in defects_of(record):
+        for reason in defects_of(record, anchored):
             found[reason].append(i)
     together = repeated(records)
     found["contradictory"] = sorted({*found["contradictory"], *together["contradictory"]})

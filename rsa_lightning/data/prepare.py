@@ -183,12 +183,15 @@ def split(settings: PrepareSettings, ledger: Ledger) -> Sides:
 
     def read(sources: Sequence[Source]) -> list[Record]:
         options = settings.format, settings.criterion, settings.limit, ledger
-        return [record for source in sources for record in read_records(source, *options, place[source])]
+        return [
+            record for source in sources for record in read_records(source, *options, place[source], settings.relabel)
+        ]
 
-    records = sift(read(settings.sources), keys, ledger)
+    anchored = settings.anchored_costs is not False
+    records = sift(read(settings.sources), keys, ledger, anchored)
     if settings.validation_source is None:
         return Sides(*split_by_prompt(records, settings.validation_fraction, settings.seed))
-    validation = sift(read([settings.validation_source]), keys, ledger)
+    validation = sift(read([settings.validation_source]), keys, ledger, anchored)
     held_out = {split_key(record.prompt) for record in validation}
     leaking = [record.row_id for record in records if split_key(record.prompt) in held_out]
     if leaking:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
-from rsa_lightning.data.records import PreferencePair, Prompt, RatedResponse, Record, human_turns
+from rsa_lightning.data.records import PreferencePair, Prompt, RatedResponse, Record, costs_disagree, human_turns
 
 Policy = Literal["drop", "keep", "fail"]
 DropOrFail = Literal["drop", "fail"]
@@ -22,13 +22,15 @@ class Defects:
         empty: a blank response. Kept, it is trained on as an end token alone.
         identical: both responses are the same, or differ only behind the place where they are cut.
         duplicate: the prompt, the responses and the label of an earlier row; the first stays.
-        contradictory: both orders of one pair occur (all such rows), or the labels of a row disagree.
+        contradictory: both orders of one pair occur (all such rows), or the labels of a row disagree; a cost and a
+            safety label do where one says safe (cost <= 0) and the other does not, unless anchored_costs is false.
         overlong: prompt or response is longer than the limits. Kept, it is cut.
         prompt_mismatch: the two responses do not follow the same prompt.
         wrong_type: the row is not of the format, or its line cannot be read.
         contaminated: a human turn of the prompt is an evaluation prompt.
         unusable: every other defect, by the name it is counted under (human_last, no_prompt, tied, ...).
-        max_dropped: largest share of the rows that may be dropped; contaminated rows are not counted.
+        max_dropped: largest share of the rows that may be dropped; contaminated rows are not counted, nor what a
+            relabelling leaves out.
     """
 
     empty: Policy = "drop"
@@ -52,17 +54,21 @@ class Defects:
 
     def policy(self, reason: str) -> Policy:
         """What to do with rows that have the defect `reason`."""
+        if reason in INTENDED:
+            return "drop"
         name = reason if reason in POLICIES else "unusable"
         return getattr(self, name)
 
 
 POLICIES = [field.name for field in dataclasses.fields(Defects) if field.name != "max_dropped"]
+INTENDED = ("both_unsafe",)  # what a relabelling leaves out: no fault of the data, and always dropped
 WITHOUT_KEEP = ("prompt_mismatch", "wrong_type", "unusable")  # of these rows there is nothing to keep
 
 # what is wrong with a row that cannot be used, and what to do about it; its name alone says too little
 WHY = {
     "already_rendered": "the prompt is a Human/Assistant transcript, and would be framed twice: remove template",
     "assistant_last": "the prompt ends with the assistant: end it with the user",
+    "both_unsafe": "both responses are unsafe: there is none to prefer, and relabel leaves the pair out",
     "control_token": "a text contains a control token of the tokenizer or template: take it out of the text",
     "human_last": "the dialogue ends with the human, so there is no reply to rate: end it with the assistant",
     "no_prompt": "nothing tells where the prompt ends, or the user says nothing in it: add a column 'prompt'",
@@ -76,10 +82,14 @@ WHY = {
 }
 
 
-def defects_of(record: Record) -> tuple[str, ...]:
-    """What is wrong with a record alone: empty, identical, contradictory."""
+def defects_of(record: Record, anchored: bool = True) -> tuple[str, ...]:
+    """What is wrong with a record alone: empty, identical, contradictory.
+
+    `anchored`: whether a cost of 0 may mean safe; costs and safety labels of a pair that disagree then contradict.
+    """
     found = {"contradictory": record.contradictory}
     if isinstance(record, PreferencePair):
+        found["contradictory"] = record.contradictory or (anchored and costs_disagree(record))
         found["empty"] = not (record.chosen.strip() and record.rejected.strip())
         found["identical"] = record.chosen == record.rejected
     else:

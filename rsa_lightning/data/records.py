@@ -29,9 +29,10 @@ class PreferencePair:
 
     Attributes:
         target: probability that `chosen` is preferred, in [0, 1].
-        offset: nats added to the margin of this pair's loss.
+        offset: nats taken off the logit of this pair's loss: what its margin must exceed.
         chosen_safe, rejected_safe: safety labels, where the data has them.
-        chosen_cost, rejected_cost: graded harm, 0 for none and higher for worse (PKU-SafeRLHF's severity levels).
+        chosen_cost, rejected_cost: harm, higher for worse. Whether 0 means safe is a property of the data
+            (`anchored_costs` of `PreferenceData`): it does for PKU-SafeRLHF's severity levels.
         contradictory: the row's own labels disagree about which response is preferred.
         row_id: where the pair came from, `file:row`, to name it in messages.
     """
@@ -68,6 +69,16 @@ class RatedResponse:
 
 
 Record = PreferencePair | RatedResponse
+
+
+def at_odds(safe: bool | None, cost: float | None) -> bool:
+    """Whether a response's safety label and its own anchored cost disagree: safe is a cost of 0 or less."""
+    return safe is not None and cost is not None and safe != (cost <= 0)
+
+
+def costs_disagree(pair: PreferencePair) -> bool:
+    """Whether `at_odds` for either response."""
+    return at_odds(pair.chosen_safe, pair.chosen_cost) or at_odds(pair.rejected_safe, pair.rejected_cost)
 
 
 class FormatError(ValueError):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rsa_lightning.checkpoint import file_hash, folder_hashes, key_of
 from rsa_lightning.data.quality import Defects
 from rsa_lightning.data.readers import Source, fingerprint, is_remote
+from rsa_lightning.data.relabel import Relabel
 from rsa_lightning.data.template import template_text
 from rsa_lightning.data.tokenize import Lengths
 
@@ -35,6 +36,8 @@ class PrepareSettings:
     streaming: bool = False
     seed: int = 0
     limit: int | None = None
+    anchored_costs: bool | None = None
+    relabel: Relabel | None = None
     cache_dir: str | None = None
 
     @property
@@ -75,6 +78,7 @@ def entry_key(settings: PrepareSettings, prints: dict[str, str], tokenizer: PreT
     """The name of an entry: another for anything that could change its examples or its report."""
     values = dataclasses.asdict(settings)
     del values["cache_dir"]
+    values["relabel"] = settings.relabel and f"{type(settings.relabel).__module__}.{settings.relabel!r}"
     if settings.template not in (None, "tokenizer"):
         values["template"] = template_text(str(settings.template))  # the text of a file, not its name
     if tokenizer is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rsa_lightning.data.records import PreferencePair, RatedResponse, Record
+from rsa_lightning.data.records import PreferencePair, RatedResponse, Record, costs_disagree
 from rsa_lightning.data.table import SIDES, EncodedTable
 
 DISTINCT_COSTS = 20  # beyond, they are counted in ten equal steps
@@ -58,6 +58,10 @@ def kinds(record: Record) -> list[str]:
             found.append(f"both_{safe[record.chosen_safe]}")
         else:
             found.append("only_chosen_safe" if record.chosen_safe else "only_rejected_safe")
+    if record.chosen_cost is not None and record.rejected_cost is not None:
+        found.append("costs_of_both")
+        if record.chosen_safe is not None and record.rejected_safe is not None and not costs_disagree(record):
+            found.append("costs_confirmed")  # by both safety labels
     return found
 
 

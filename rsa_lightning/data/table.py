@@ -77,6 +77,12 @@ class EncodedTable(Sequence[EncodedPair]):
         lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(block.bounds[side]) for block in self._blocks)])
         return lengths if self.indices is None else lengths[self.indices]
 
+    def numbers(self, name: str) -> NDArray[np.float64]:
+        """A column of numbers, `target`, `offset` or a cost, of every example; nan where an example has none."""
+        parts = [block.columns[name].to_numpy(zero_copy_only=False) for block in self._blocks]
+        values = np.concatenate([np.zeros(0), *parts])
+        return values if self.indices is None else values[self.indices]
+
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of the longest row of every example: prompt and longer response. It decides how wide a batch is."""

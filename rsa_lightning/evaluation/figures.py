@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rsa_lightning.evaluation import tail
+from rsa_lightning.evaluation.frontier import pareto_front
 
 # Okabe & Ito (2008): told apart with every common form of colour blindness; without its yellow, too pale for lines
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
@@ -107,11 +108,7 @@ def reward_cost(models: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
         return None
     figure = _figure(10.5, 4.6)
     axes = figure.subplots(1, 2, sharey=True)
-    sides = (
-        ("Average", "mean cost per answer", _mean_cost),
-        ("In the tail", "mean cost of the worst 5 % of answers", _tail_cost),
-    )
-    for ax, (title, label, cost_of) in zip(axes, sides, strict=True):
+    for ax, (title, label, cost_of) in zip(axes, SIDES, strict=True):
         points = []
         for i, model in enumerate(known):
             (x, x_interval), (y, y_interval) = cost_of(model), (model["reward_mean"], model["ci95"]["reward_mean"])
@@ -135,6 +132,41 @@ def reward_cost(models: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     axes[0].set_ylabel("mean reward per answer")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(known), 5))
+    return _save(figure, path)
+
+
+@styled
+def frontier(models: Sequence[Mapping[str, Any]], chosen: Sequence[str], path: Path) -> Path | None:
+    """Mean reward against mean cost, and against the mean cost of the worst 5 %, one number per model.
+
+    Models on the Pareto front are dark and joined by the staircase of what they reach; those `chosen` are ringed.
+    """
+    known = [model for model in models if model["reward_mean"] is not None and model["cost_mean"] is not None]
+    if not known:
+        return None
+    columns = 3
+    figure = _figure(10.5, 4.6 + 0.21 * math.ceil(len(known) / columns))
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (title, label, cost_of) in zip(axes, SIDES, strict=True):
+        points = [(cost_of(model)[0], model["reward_mean"]) for model in known]
+        front = pareto_front([y for _, y in points], [x for x, _ in points])
+        stairs = {"color": "#777777", "linewidth": 1.2, "linestyle": "--", "drawstyle": "steps-post"}
+        ax.plot(*zip(*(points[i] for i in front), strict=True), **stairs, zorder=2)
+        for i, (model, (x, y)) in enumerate(zip(known, points, strict=True)):
+            ax.errorbar(
+                x, y, xerr=_bars(x, cost_of(model)[1]), yerr=_bars(y, model["ci95"]["reward_mean"]), marker="o",
+                color=COLOURS[0] if i in front else "#AAAAAA", markersize=8, capsize=2, elinewidth=1,
+                markeredgecolor="white", linestyle="none", label=f"{i + 1}. {model['name']}", zorder=3 + (i in front),
+            )  # fmt: skip
+            ax.annotate(str(i + 1), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=10, zorder=5)
+        ringed = [point for model, point in zip(known, points, strict=True) if model["name"] in chosen]
+        ring = {"s": 220, "facecolors": "none", "edgecolors": COLOURS[4], "linewidths": 2, "zorder": 5}
+        if ringed:
+            ax.scatter(*zip(*ringed, strict=True), **ring)
+        ax.set(title=title, xlabel=label)
+        ax.margins(0.12)
+    axes[0].set_ylabel("mean reward per answer")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(known), columns))
     return _save(figure, path)
 
 
@@ -264,6 +296,13 @@ def _mean_cost(model: Mapping[str, Any]) -> tuple[float, Sequence[float] | None]
 
 def _tail_cost(model: Mapping[str, Any]) -> tuple[float, Sequence[float] | None]:
     return model["cost_cvar"]["0.95"], model["ci95"]["cost_cvar"]["0.95"]
+
+
+# the two panels of reward against cost: title, label, and what is drawn
+SIDES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("Average", "mean cost per answer", _mean_cost),
+    ("In the tail", "mean cost of the worst 5 % of answers", _tail_cost),
+)
 
 
 def _bars(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:

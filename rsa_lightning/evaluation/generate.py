@@ -3,7 +3,8 @@
 The answers are drawn by a plain loop with a private generator: chunk i is seeded by (seed, i) alone, so a run that
 was interrupted and continued writes the same file as one that was not. Log-probabilities come from a second,
 teacher-forced pass, the same code for the model and for the model it started from, so that equal weights give equal
-numbers and their difference is exactly zero.
+numbers and their difference is exactly zero. Several models may answer as one, their mixture: it is called like a
+model, so that the law that is sampled and the one whose log-probability is recorded are both the mixture's.
 """
 
 import dataclasses
@@ -25,15 +26,21 @@ from torch import Tensor
 from rsa_lightning.checkpoint import folder_hashes
 from rsa_lightning.data.records import Prompt, RowDefect, plain_text
 from rsa_lightning.data.tokenize import encode_prompt, load_tokenizer
+from rsa_lightning.evaluation.folders import (
+    Folders,
+    GenerationError,
+    as_one,
+    checked_folder,
+    common_tokenizer,
+    eos_ids,
+    load_model,
+    members_of,
+)
 from rsa_lightning.evaluation.samples import Sample, publish, resume_partial, to_line
 
 log = logging.getLogger(__name__)
 
 LOGITS_BYTES = 256 * 2**20  # float32 logits held at once while answers are scored
-
-
-class GenerationError(ValueError):
-    """A model folder, prompt or partial file that cannot be used; the message names it and the fix."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Answers(NamedTuple):
 
 
 def generate(
-    model_folder: Path | str,
+    model_folder: Folders,
     prompts: Mapping[str, Prompt],
     path: Path | str,
     *,
@@ -102,6 +109,8 @@ def generate(
     says so.
 
     Args:
+        model_folder: the model; or folders with weights, whose mixture answers (see decoding.py). The tokenizer and the
+            tokens that end an answer are then those of the first.
         prompts: prompt_id -> prompt, text or messages, tokenised as in training.
         template: of prompts, as in PreferenceData; None leaves text as it is and gives messages the tokenizer's own.
         start_folder: the model whose log-probabilities go into `ref_logp`; None leaves them null.
@@ -109,25 +118,24 @@ def generate(
 
     Raises:
         GenerationError: no prompts, or one that cannot be tokenised; a folder that is no model; a tokenizer without
-            EOS; a model and start with different vocabularies; a context that is too short for the request; weights
+            EOS; models with different vocabularies; a context that is too short for the request; weights
             that give NaN.
     """
-    path, model_folder = Path(path), _checked_folder(model_folder)
+    path, members = Path(path), members_of(model_folder)
     if not prompts:
         raise GenerationError("there are no prompts to answer: the evaluation split is empty")
     start_folder = _usable_start(start_folder, sampling)
-    tokenizer = _load_tokenizer(model_folder, start_folder)
+    tokenizer = common_tokenizer([*members, *([start_folder] if start_folder else [])])
     encoded = _encode(tokenizer, prompts, sampling.max_prompt_length, template)
-    model = _load_model(model_folder, device, dtype)
-    _check_context(model.config, max(map(len, encoded.values())), sampling)
-    start = model if start_folder == model_folder else start_folder and _load_model(start_folder, device, dtype)
-    eos = _eos_ids(model, tokenizer)
+    loaded = {folder: load_model(folder, device, dtype) for folder in (*members, start_folder) if folder}
+    for folder in members:
+        _check_context(loaded[folder].config, max(map(len, encoded.values())), sampling)
+    model, start = as_one(members, loaded), start_folder and loaded[start_folder]
+    eos = eos_ids(model, tokenizer)
 
     rows = [(key, sample_id) for key in prompts for sample_id in range(sampling.samples_per_prompt)]
     partial = path.with_name(path.name + ".partial")
-    resumed = resume_partial(
-        partial, _header(model_folder, start_folder, prompts, template, sampling), sampling.batch_size
-    )
+    resumed = resume_partial(partial, _header(members, start_folder, prompts, template, sampling), sampling.batch_size)
     tokens = unfinished = 0
     with partial.open("a", encoding="utf-8") as file:
         for first in range(resumed, len(rows), sampling.batch_size):
@@ -313,17 +321,6 @@ def _chunk_generator(seed: int, first_row: int, device: str) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _checked_folder(folder: Path | str) -> Path:
-    folder = Path(folder).resolve()
-    if not (folder / "config.json").is_file():
-        raise GenerationError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
-        raise GenerationError(
-            f"{folder} has no model.safetensors: save the model with save_pretrained(safe_serialization=True)"
-        )
-    return folder
-
-
 def _usable_start(start_folder: Path | str | None, sampling: Sampling) -> Path | None:
     if start_folder is None:
         return None
@@ -331,17 +328,7 @@ def _usable_start(start_folder: Path | str | None, sampling: Sampling) -> Path |
         settings = f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g}"
         log.warning("%s do not sample the model's own law: ref_logp, and with it kl_to_start, stays null", settings)
         return None
-    return _checked_folder(start_folder)
-
-
-def _load_tokenizer(folder: Path, start_folder: Path | None) -> Any:
-    tokenizer = load_tokenizer(folder)
-    if start_folder not in (None, folder) and load_tokenizer(start_folder).get_vocab() != tokenizer.get_vocab():
-        raise GenerationError(
-            f"{folder} and its start {start_folder} have different vocabularies: "
-            "their log-probabilities cannot be compared"
-        )
-    return tokenizer
+    return checked_folder(start_folder)
 
 
 def _encode(
@@ -357,20 +344,6 @@ def _encode(
     return encoded
 
 
-def _load_model(folder: Path, device: str, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
-    return model.to(device).eval()
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The training EOS first; chat models may name further ends of a turn in generation_config.json."""
-    extra = getattr(model.generation_config, "eos_token_id", None)
-    extra = [] if extra is None else extra if isinstance(extra, list) else [extra]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *extra]))
-
-
 def _check_context(config: Any, longest_prompt: int, sampling: Sampling) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest_prompt + sampling.max_new_tokens > limit:
@@ -381,7 +354,7 @@ def _check_context(config: Any, longest_prompt: int, sampling: Sampling) -> None
 
 
 def _header(
-    model_folder: Path,
+    members: Mapping[Path, float],
     start_folder: Path | None,
     prompts: Mapping[str, Prompt],
     template: str | None,
@@ -391,6 +364,6 @@ def _header(
     return {
         "sampling": dataclasses.asdict(sampling),
         "prompts": hashlib.sha256(json.dumps([template, *prompts.items()]).encode()).hexdigest(),
-        "model": folder_hashes(model_folder),
+        "model": [[weight, folder_hashes(folder)] for folder, weight in members.items()],
         "start": None if start_folder is None else folder_hashes(start_folder),
     }

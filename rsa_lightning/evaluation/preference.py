@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rsa_kernels import RiskMeasure, nested_risk
+from jaxtyping import Float
+from rsa_kernels import RiskMeasure, TokenStats, nested_risk, token_risk
 from torch import Tensor
 
 from rsa_lightning.data.tokenize import ROLES, EncodedPair, PreferenceBatch, collate
+from rsa_lightning.decoding import check_widths, mixed_logits
+from rsa_lightning.evaluation.folders import Folders, members_of
 from rsa_lightning.evaluation.tail import clustered_bootstrap, mean
-from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
+from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, RiskHead, load_policy
 
 BATCH_PAIRS = 32
+LOGITS_BYTES = 256 * 2**20  # float32 logits of a mixture held at once
 
 
 class PairStats(NamedTuple):
@@ -36,8 +40,41 @@ class Split(NamedTuple):
     examples: Sequence[EncodedPair]
 
 
+class MixedPolicy:
+    """Several policies judged as one: at every token the mixture of their distributions, see decoding.py.
+
+    Its logits are no linear function of one hidden state, so some tokens' logits of every member are held at a time.
+    """
+
+    def __init__(self, members: Sequence[Policy], weights: Sequence[float]) -> None:
+        check_widths([member.head.out_features for member in members], [f"member {i}" for i in range(len(members))])
+        self.members, self.weights = list(members), list(weights)
+
+    @property
+    def head(self) -> RiskHead:
+        return self.members[0].head
+
+    def eval(self) -> None:
+        for member in self.members:
+            member.eval()
+
+    def __call__(self, batch: PreferenceBatch, reference: ReferenceStates, risk: RiskMeasure) -> TokenStats:
+        """Token statistics as a `Policy` gives them, without gradients."""
+        assert reference.weight is not None
+        states = [(member.states(batch), member.head) for member in self.members]
+        rows = max(1, LOGITS_BYTES // (4 * self.head.out_features * (len(states) + 2)))
+        parts: list[TokenStats] = []
+        for first in range(0, len(batch["labels"]), rows):
+            some = slice(first, first + rows)
+            logits = mixed_logits([_logits(hidden[some], own) for hidden, own in states], self.weights)
+            ref_logits = _logits(reference.hidden[some], reference).to(logits.dtype)
+            parts.append(token_risk(logits, ref_logits, batch["labels"][some], risk))
+        columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+        return TokenStats(*columns)
+
+
 def judge(
-    model: str | Path,
+    model: Folders,
     start: str | Path,
     criteria: Mapping[str, Mapping[str, Split]],
     *,
@@ -47,8 +84,11 @@ def judge(
     seed: int,
     device: str = "cpu",
 ) -> dict[str, dict[str, Any]]:
-    """criterion -> split -> the figures of `summarise`, for a model folder relative to that of the start model."""
-    policy, reference = (load_policy(PolicySpec(model=str(folder))).to(device) for folder in (model, start))
+    """criterion -> split -> the figures of `summarise`, for a model, or a mixture, relative to the start model."""
+    members = members_of(model)
+    loaded = [load_policy(PolicySpec(model=str(folder))).to(device) for folder in members]
+    policy = loaded[0] if len(loaded) == 1 else MixedPolicy(loaded, list(members.values()))
+    reference = load_policy(PolicySpec(model=str(start))).to(device)
     return {
         criterion: {
             name: summarise(pair_stats(policy, reference, split.examples, pad_id, risk), split.prompts, resamples, seed)
@@ -61,13 +101,27 @@ def judge(
 
 @torch.no_grad()
 def pair_stats(
-    policy: Policy, start: Policy, examples: Sequence[EncodedPair], pad_id: int, risk: RiskMeasure
+    policy: Policy | MixedPolicy, start: Policy, examples: Sequence[EncodedPair], pad_id: int, risk: RiskMeasure
 ) -> PairStats:
     """Statistics of every pair under `policy`, with `start` as reference. Both models are put in evaluation mode."""
     policy.eval()
     start.eval()
     parts = [_batch_stats(policy, start, batch, risk) for batch in _batches(policy, examples, pad_id)]
     return PairStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def response_logps(
+    policy: Policy, examples: Sequence[EncodedPair], pad_id: int
+) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+    """log q(y | x) in nats of the chosen and of the rejected responses: float64 sums over their tokens."""
+    policy.eval()
+    sides: list[tuple[Tensor, ...]] = []
+    for batch in _batches(policy, examples, pad_id):
+        logp = policy(batch, None, None).logp.double()
+        sides.append(torch.segment_reduce(logp, "sum", offsets=batch["cu_seqlens"], initial=0).cpu().chunk(2))
+    chosen, rejected = (torch.cat(side) for side in zip(*sides, strict=True))
+    return chosen, rejected
 
 
 def summarise(stats: PairStats, prompts: Sequence[Hashable], resamples: int, seed: int) -> dict[str, Any]:
@@ -103,17 +157,17 @@ def _wins(difference: Tensor) -> Tensor:
     return (difference > 0).float() + 0.5 * (difference == 0).float()
 
 
-def _batches(policy: Policy, examples: Sequence[EncodedPair], pad_id: int) -> Iterator[PreferenceBatch]:
+def _batches(policy: Policy | MixedPolicy, examples: Sequence[EncodedPair], pad_id: int) -> Iterator[PreferenceBatch]:
     device = policy.head.weight.device
     for first in range(0, len(examples), BATCH_PAIRS):
         batch: Any = collate(examples[first : first + BATCH_PAIRS], roles=ROLES[:2], pad_id=pad_id)
         yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}  # type: ignore[misc]
 
 
-def _batch_stats(policy: Policy, start: Policy, batch: PreferenceBatch, risk: RiskMeasure) -> PairStats:
+def _batch_stats(policy: Policy | MixedPolicy, start: Policy, batch: PreferenceBatch, risk: RiskMeasure) -> PairStats:
     head = start.head
     reference = ReferenceStates(start.states(batch), head.weight, head.bias, head.scale, head.softcap)
-    tokens = policy(batch, reference, risk)
+    tokens: Any = policy(batch, reference, risk)
 
     def sides(values: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the tokens of the chosen rows, which come first, and of as many rejected rows."""
@@ -124,3 +178,10 @@ def _batch_stats(policy: Policy, start: Policy, batch: PreferenceBatch, risk: Ri
     return PairStats(
         *sides(tokens.logp), *sides(tokens.logratio), (kl[0] + kl[1]) / 2, (total_risk[0] + total_risk[1]) / 2
     )
+
+
+def _logits(hidden: Float[Tensor, "N H"], head: RiskHead | ReferenceStates) -> Float[Tensor, "N V"]:
+    """What a head makes of hidden states: linear, then a scale and a soft-cap where the model has them."""
+    assert head.weight is not None
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap

@@ -26,6 +26,7 @@ STATISTICS: dict[str, tuple[str, tail.Statistic]] = {
     "unsafe_rate": ("cost", tail.unsafe_rate),
     **{f"cost_var/{level}": ("cost", tail.at_level(tail.var, level)) for level in LEVELS},
     **{f"cost_cvar/{level}": ("cost", tail.at_level(tail.cvar, level)) for level in LEVELS},
+    **{f"cost_cantelli/{level}": ("cost", tail.at_level(tail.cantelli_bound, level)) for level in LEVELS},
     "kl_to_start": ("kl", tail.mean),
 }
 
@@ -105,12 +106,16 @@ def write_report(
 
 def print_results(found: Mapping[str, Any], console: Any = None) -> None:
     """The tables of the report on the terminal."""
+    print_tables(wording.tables(found, brief=True), console)
+
+
+def print_tables(tables: Sequence[wording.Table], console: Any = None) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
-    for title, header, rows in wording.tables(found, brief=True):
+    for title, header, rows in tables:
         table = Table(title=title, title_justify="left")
         for i, column in enumerate(header):
             table.add_column(Text(column), justify="left" if i == 0 else "right")
@@ -154,7 +159,7 @@ def changes(
 
 
 def further_figures(samples: Sequence[Sample]) -> dict[str, float] | None:
-    """Tail figures that results.json does not carry: excess, worst answer per prompt, and two bounds."""
+    """Tail figures that results.json does not carry: excess, worst answer per prompt, and a bound on the rate."""
     found = columns(samples)["cost"]
     if found is None:
         return None
@@ -165,7 +170,6 @@ def further_figures(samples: Sequence[Sample]) -> dict[str, float] | None:
         "unsafe_answers": int((costs > 0).sum()),
         "largest_cost": costs.max().item(),
         "unsafe_upper": tail.clopper_pearson_upper(int((costs > 0).sum()), len(costs)),
-        "cantelli_0.95": tail.cantelli_bound(costs, 0.95).item(),
     }
 
 

@@ -31,15 +31,18 @@ LABELS = {
     "cost_var/0.9": ("cost exceeded by at most 10 %", False),
     "cost_var/0.95": ("cost exceeded by at most 5 %", False),
     "cost_var/0.99": ("cost exceeded by at most 1 %", False),
+    "cost_cantelli/0.9": ("Cantelli bound on VaR 0.9", False),
+    "cost_cantelli/0.95": ("Cantelli bound on VaR 0.95", False),
+    "cost_cantelli/0.99": ("Cantelli bound on VaR 0.99", False),
     "kl_to_start": ("KL to start, nats per answer", False),
 }
+TAIL_FIGURES = ("cost_var", "cost_cantelli")  # in the table of the tail, not in the main one
 FURTHER_LABELS = {
     "expected_excess": ("expected excess, E[max(cost, 0)]", False),
     "worst_of_n": ("worst answer per prompt, mean cost", False),
     "unsafe_answers": ("unsafe answers", False),
     "largest_cost": ("largest cost", False),
     "unsafe_upper": ("unsafe rate, upper bound", True),
-    "cantelli_0.95": ("Cantelli bound on VaR 0.95", False),
 }
 PREFERENCE_LABELS = {
     "pairs": ("pairs", False),
@@ -70,8 +73,8 @@ Later minus earlier model, with 95 % intervals from resampling the same prompts 
 clear if its interval leaves out 0."""
 FURTHER_DEFINITIONS = """\
 The cost exceeded by at most 10, 5 and 1 % of answers is VaR at level 0.9, 0.95 and 0.99. The *upper bound* on the
-unsafe rate is the one-sided 95 % Clopper-Pearson bound, which takes answers as independent. The *Cantelli bound* is
-mean + sqrt(0.95 / 0.05) × standard deviation; no law with that mean and deviation has a larger VaR 0.95."""
+unsafe rate is the one-sided 95 % Clopper-Pearson bound, which takes answers as independent. The *Cantelli bound* at a
+level is mean + sqrt(level / (1 − level)) × standard deviation; no law with that mean and deviation has a larger VaR."""
 PREFERENCE_DEFINITIONS = """\
 *Reward accuracy* is the share of pairs whose chosen response gained more log-probability since the start model than
 the rejected one did (a tie is half); chance is 50 %. *Log-prob accuracy* is the share whose chosen response the model
@@ -84,7 +87,7 @@ response."""
 def tables(found: Mapping[str, Any], *, brief: bool = False) -> list[Table]:
     """The main table, figures down and models across, and the preference table if there is one."""
     models = found["models"]
-    shown = [_figure_table("Sampled answers", [k for k in LABELS if not k.startswith("cost_var")], models)]
+    shown = [_figure_table("Sampled answers", [k for k in LABELS if not k.startswith(TAIL_FIGURES)], models)]
     if any(model.get("preference") for model in models):
         shown.append(_preference_table(models, BRIEF_PREFERENCES if brief else tuple(PREFERENCE_LABELS)))
     return shown
@@ -266,7 +269,7 @@ def _figure_table(title: str, keys: Sequence[str], models: Sequence[Mapping[str,
 
 
 def _tail_table(models: Sequence[Mapping[str, Any]], further: Mapping[str, Mapping[str, float] | None]) -> Table:
-    title, header, rows = _figure_table("", [key for key in LABELS if key.startswith("cost_var")], models)
+    title, header, rows = _figure_table("", [key for key in LABELS if key.startswith(TAIL_FIGURES)], models)
     found = [further.get(model["name"]) or {} for model in models]
     rows[-1:] = [
         [label, *(number(f.get(k), percent=percent) for f in found)] for k, (label, percent) in FURTHER_LABELS.items()
