@@ -40,7 +40,8 @@ def _head(results: Mapping[str, Any]) -> str:
         f"{results['parameters']} parameters, {results['steps']} optimizer steps of {scale['batch_size']} pairs in "
         f"every alignment step, β = {results['settings']['beta']:g}. Differences are method − baseline of the same "
         "seed, averaged over the range of reward (or of E[r] − β KL) that both paths cover: median over seeds, in "
-        "brackets the 95 % Student interval of the mean over seeds, and the number of seeds whose paths overlap.\n"
+        "brackets the 95 % Student interval of the mean over seeds; at the end, in how many of the seeds whose paths "
+        "overlap the tail is lighter.\n"
     )
 
 
@@ -54,12 +55,15 @@ def _matched(results: Mapping[str, Any], methods: Sequence[Method], baseline: st
         found = table[method.name]
         seeds = found["difference"]["cost"]["seeds"]
         if seeds:
+            lighter = sum(one["difference"]["cvar_0.05"] < 0 for one in found["seeds"] if one)
             cells = [_interval(found["difference"][name]) for name in SHOWN]
-            rows.append([method.title, *cells, f"{seeds} of {len(found['seeds'])}"])
+            rows.append([method.title, *cells, f"{lighter} of {seeds}"])
         else:
             apart.append(method.title)
     words = f"No overlap in any seed: {'; '.join(apart)}.\n" if apart else ""
-    return "\n".join(filter(None, [_table(["method", *SHOWN.values(), "seeds"], rows) if rows else "", words]))
+    return "\n".join(
+        filter(None, [_table(["method", *SHOWN.values(), "CVaR 5 % is lower in"], rows) if rows else "", words])
+    )
 
 
 def _interval(summary: Mapping[str, Any]) -> str:
