@@ -63,6 +63,11 @@ def differences(scores: Float[Tensor, "X S"]) -> Float[Tensor, "X S S"]:
     return scores[:, :, None] - scores[:, None, :]
 
 
+def win_rates(behaviour: Policy, scores: Float[Tensor, "X S"]) -> Float[Tensor, "X S"]:
+    """P(y is preferred to a response of `behaviour`): what IPO makes the return, π ∝ p exp(win rate / β)."""
+    return torch.einsum("xj,xij->xi", sequence_logps(behaviour).exp(), torch.sigmoid(differences(scores)))
+
+
 def _drawn(behaviour: Policy) -> Float[Tensor, "X S S"]:
     law = sequence_logps(behaviour).exp()
     return law[:, :, None] * law[:, None, :] * (1 - torch.eye(law.shape[-1], dtype=law.dtype))

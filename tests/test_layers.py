@@ -188,8 +188,9 @@ def test_arrows(name):
 
 # folder or file of benchmarks/ -> what else of it may be imported
 BENCHMARKS = {
-    "__main__": {"kernels", "figures", "gpu", "aot", "step", "timing"},
+    "__main__": {"kernels", "figures", "gpu", "aot", "step", "theory", "timing"},
     "timing": set(),
+    "theory": set(),
     "kernels": {"timing"},
     "aot": {"timing"},
     "step": {"timing"},
