@@ -111,7 +111,7 @@ def _panels(costs: Any, dual: Any, merge: Any) -> None:
     slope = [gaps[-1] * (lam / CAUTIOUS[-1]) ** 2 for lam in CAUTIOUS[3:]]
     merge.plot(CAUTIOUS[3:], slope, ":", color=GREY, linewidth=1.5, label="slope 2")
     merge.plot([], [], color=GREEN, linewidth=2, label="geometric per response: 0, not drawn")
-    merge.set(xscale="log", yscale="log", ylim=(8e-4, 2), title="Merging at q = ½: distance to λ = λ̄/2")
+    merge.set(xscale="log", yscale="log", ylim=(8e-4, 9), title="Merging at q = ½: distance to λ = λ̄/2")
     merge.set(xlabel="λ̄ of the cautious model", ylabel="largest difference in probability")
     merge.legend(loc="upper left")
 

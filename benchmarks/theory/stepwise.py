@@ -110,7 +110,7 @@ def _panels(plane: Any, losses: Any) -> None:
     ):
         plane.plot(*point(policy), "D", color=BLACK, markersize=7)
         plane.annotate(name, point(policy), xytext=offset, textcoords="offset points")
-    plane.set(title="Where the steps end", xlabel="mean cost", ylabel="mean reward")
+    plane.set(title="Where the steps end", xlabel="mean cost", ylabel="mean reward", ylim=(-1.45, 0.75))
     plane.legend(loc="lower right")
 
     lams = [0.05 * 1.12**i for i in range(54)]

@@ -180,14 +180,15 @@ def _draw_worths(axis: Any) -> None:
     aligned = gibbs(world.reference, world.reward, BETA)
     etas, found = hinge_worths(aligned, world.cost, LAM, MASS, BETA)
     tops, best = local_maxima(etas, found), int(found.argmax())
-    inset = axis.inset_axes((0.5, 0.5, 0.5, 0.48), xlim=(-0.2, 0.6), ylim=(-0.29, -0.21))
-    for ax in (axis, inset):
-        ax.plot(etas, found, color=BLUE, linewidth=1.5)
-        ax.plot(etas[tops], found[tops], "o", color=ORANGE, markersize=6, label="local maxima")
-        ax.plot(etas[best], found[best], "*", color=RED, markersize=14, label="maximum: VaR of the optimum")
-    axis.axvline(var(aligned, world.cost, MASS), color=GREY, linestyle="--", label="VaR of the reward-aligned policy")
-    axis.indicate_inset_zoom(inset, edgecolor="black")
-    axis.set(title="What each η is worth", xlabel="η", ylabel="G(η), reward units", xlim=(-1.2, 5), ylim=(-2.2, -0.1))
+    axis.plot(etas, found, color=BLUE, linewidth=1.5)
+    axis.plot(etas[tops], found[tops], "o", color=ORANGE, markersize=6, label="local maxima")
+    axis.plot(etas[best], found[best], "*", color=RED, markersize=14, label="maximum: VaR of the optimum")
+    start = var(aligned, world.cost, MASS)
+    text = f"VaR of the reward-\naligned policy:\nη = {start:.2f}"
+    arrow = {"arrowstyle": "-|>", "color": GREY}
+    axis.annotate(text, (0.72, -0.245), (0.46, -0.251), color=GREY, arrowprops=arrow)
+    axis.set(title="What each η is worth", xlabel="η", ylabel="G(η), reward units")
+    axis.set(xlim=(-0.25, 0.72), ylim=(-0.3, -0.212))
     axis.legend(loc="lower right")
 
 
@@ -201,7 +202,7 @@ def _draw_chance(axis: Any) -> None:
     axis.set_xticks(chances, [f"{100 * chance:g} %" for chance in chances])
     axis.xaxis.set_minor_formatter(lambda *_: "")
     axis.set(title=f"P(cost > {THRESHOLD:g}) ≤ p", xlabel="p", ylabel="E r − β KL at the optimum")
-    axis.legend(loc="center right")
+    axis.legend(loc="lower right")
 
 
 def _draw_frontier(axis: Any) -> None:
