@@ -53,7 +53,7 @@ def chance_optimum(world: TokenWorld, beta: float, threshold: float, mass: float
 
 
 def cantelli_optimum(
-    world: TokenWorld, beta: float, threshold: float, mass: float, points: int = 60, rounds: int = 4
+    world: TokenWorld, beta: float, threshold: float, mass: float, points: int = 20, rounds: int = 4
 ) -> Constrained:
     """max E r − β KL subject to VaR-CPO's sufficient condition, mean + sqrt((1 − a)/a) std ≤ threshold, a = mass.
 

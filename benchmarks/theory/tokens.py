@@ -150,6 +150,10 @@ def _fixed_points() -> dict[str, float]:
     for name, policy in {"reference": world.reference, "token": optimum, "sequence": sequence, **ends}.items():
         found[f"{name}: reward"] = expectation(policy, world.reward)
         found[f"{name}: KL"] = kl(policy, world.reference)
+    # the temperature and the risk weight that TDPO2 and Ra-DPO2 ship
+    usual = pair_objective(RSA(0.1, risk_weight=0.5), world.reference, population, risk)
+    drift = kl(descend(usual, world.reference, rate=15.0)[0], world.reference)
+    found["v2 at 0.1 and 1/2: beta of the sequence optimum with that KL"] = matching_beta(world, drift)
     for name in ends:
         beta = matching_beta(world, found[f"{name}: KL"])
         found[f"{name}: beta of the sequence optimum with that KL"] = beta
