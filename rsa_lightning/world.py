@@ -103,9 +103,7 @@ class TokenWorld:
             ValueError: too many responses to enumerate.
         """
         if prompts * vocabulary**length > LARGEST_TREE:
-            raise ValueError(
-                f"{prompts} prompts x {vocabulary}^{length} responses are more than {LARGEST_TREE}: take fewer tokens"
-            )
+            raise ValueError(f"{prompts} x {vocabulary}^{length} responses are over {LARGEST_TREE}: take fewer tokens")
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:

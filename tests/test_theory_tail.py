@@ -1,5 +1,7 @@
 """The tail: chance constraints, Cantelli's bound, CVaR through a hinge, and which labels teach it."""
 
+import math
+
 import pytest
 import torch
 
@@ -53,6 +55,21 @@ def test_a_chance_constraint_is_an_ordinary_cost_of_zero_and_one(size, mass):
     aligned = gibbs(world.reference, world.reward, BETA)
     objective = pair_objective(DPO(beta=BETA / found.lam), aligned, soft_labels(world.reference, -unsafe))
     assert gradient(objective, found.policy) < 1e-12
+
+
+@every_size
+@pytest.mark.parametrize("smoothing", [0.05, 0.2])
+def test_hard_labels_with_smoothing_are_exact_for_a_cost_of_two_values(size, smoothing):
+    """1 − ε = σ(s) at s = log((1 − ε)/ε): the temperature is s β/λ. Pairs on one side of the threshold have target ½."""
+    world = TokenWorld.random(*size)
+    found, unsafe = chance_optimum(world, BETA, 0.5, 0.02), indicator(world.cost, 0.5)
+    aligned = gibbs(world.reference, world.reward, BETA)
+    scale = math.log((1 - smoothing) / smoothing)
+    pairs = soft_labels(world.reference, -1e9 * unsafe)
+    assert set(pairs.target.unique().tolist()) == {0.0, 0.5, 1.0}
+    loss = DPO(beta=scale * BETA / found.lam, label_smoothing=smoothing)
+    assert gradient(pair_objective(loss, aligned, pairs), found.policy) < 1e-12
+    assert gradient(pair_objective(DPO(BETA / found.lam, smoothing), aligned, pairs), found.policy) > 1e-5
 
 
 @every_size
