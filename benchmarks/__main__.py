@@ -6,6 +6,8 @@
     python -m benchmarks gpu --output DIR             # everything that only a GPU can tell, in pieces
     python -m benchmarks aot                          # the kernels compiled for GPUs that are not here
     python -m benchmarks step                         # whole training steps, beside TRL's DPO
+    python -m benchmarks exact_tail                   # which method lightens the tail of harm, by exact expectations
+    python -m benchmarks theory --output DIR          # exact worlds: the numbers and figures of docs/theory
 
 Every provider first has to agree with the definition on the benchmark's own inputs; what agrees in a training step is
 said in `step/run.py`. Disagreement prints by how much and exits 1; what disagrees is not timed.
@@ -34,7 +36,15 @@ MEASURES: dict[str, type[RiskMeasure]] = {"KL": KL, "CVaR": CVaR, "ERM": ERM}
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; 1 means that something disagrees with the definition, 2 that nothing could be run."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
-    commands = {"kernels": _kernels, "figures": _figures, "gpu": _gpu, "aot": _aot, "step": _step}
+    commands = {
+        "kernels": _kernels,
+        "figures": _figures,
+        "gpu": _gpu,
+        "aot": _aot,
+        "step": _step,
+        "theory": _theory,
+        "exact_tail": _exact_tail,
+    }
     try:
         return commands[options.command](options)
     except Refused as error:
@@ -126,6 +136,22 @@ def _aot(options: argparse.Namespace) -> int:
     return command.main(options)
 
 
+def _theory(options: argparse.Namespace) -> int:
+    """Closed forms on enumerable worlds; nothing is timed."""
+    from benchmarks.theory import command  # it brings matplotlib
+
+    print("written:", *command.write(options.output))
+    return 0
+
+
+def _exact_tail(options: argparse.Namespace) -> int:
+    """Exact expectations of the whole family on random worlds, from hours of closed forms and training."""
+    from benchmarks.exact_tail import command  # it brings matplotlib
+
+    print("written:", *command.study(options.work, options.output, options.worlds, options.quick))
+    return 0
+
+
 def _step(options: argparse.Namespace) -> int:
     """Whole training steps."""
     from benchmarks.step import run as step  # it brings the trainers
@@ -161,6 +187,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
         add_arguments(aot)
     _add_step(commands.add_parser("step", help="a whole training step beside TRL's DPO, in float32 on the CPU"))
+    theory = commands.add_parser("theory", help="exact worlds: the numbers and figures of docs/theory")
+    theory.add_argument("--output", type=Path, default=Path("docs/theory"), metavar="DIR", help="default docs/theory")
+    _add_exact_tail(commands.add_parser("exact_tail", help="the family on random exact worlds: who lightens the tail"))
     options = parser.parse_args(arguments)
     if getattr(options, "samples", 1) < 1:
         parser.error(f"--samples is at least 1, got {options.samples}")
@@ -173,7 +202,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--threads is at least 1, got {options.threads}")
     output = getattr(options, "output", None)
     if output is not None:
-        _writable(parser, output, is_folder=options.command in ("kernels", "gpu"))
+        _writable(parser, output, is_folder=options.command in ("kernels", "gpu", "theory", "exact_tail"))
     if options.command == "step" and options.trl and importlib.util.find_spec("trl") is None:
         parser.error(
             "step compares with trl, which is not installed: pip install -c constraints.txt trl (it is in the extra "
@@ -209,6 +238,15 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, samples=20)
     parser.add_argument("--no-trl", dest="trl", action="store_false", help="time our methods alone")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the line of JSON there, too")
+
+
+def _add_exact_tail(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="of the results")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/exact_tail"), metavar="DIR", help="what is done stays here"
+    )
+    parser.add_argument("--worlds", type=int, default=20, help="random worlds, by seed from 0 (default 20)")
+    parser.add_argument("--quick", action="store_true", help="two worlds and the closed forms only: minutes")
 
 
 def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:

@@ -233,8 +233,10 @@ def test_arrows(name):
 
 # folder or file of benchmarks/ -> what else of it may be imported
 BENCHMARKS = {
-    "__main__": {"kernels", "figures", "gpu", "aot", "step", "timing"},
+    "__main__": {"kernels", "figures", "gpu", "aot", "step", "theory", "exact_tail", "timing"},
     "timing": set(),
+    "theory": set(),
+    "exact_tail": set(),
     "kernels": {"timing"},
     "aot": {"timing"},
     "step": {"timing"},

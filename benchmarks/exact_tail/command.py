@@ -8,37 +8,52 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.exact_tail.analyse import AT, by_interpolation, figures_of, spread, summary, table
+from benchmarks.exact_tail.figures import differences, frontier, limited_control
 from benchmarks.exact_tail.methods import BETA, Method, family
 from benchmarks.exact_tail.regimes import CONTROLLED, REGIMES, seeds_of
 from benchmarks.exact_tail.study import MATCHES, file_of, run
 from rsa_lightning.checkpoint import write_json, write_text
 
-WORLDS = 20
 REWARD_SHARES = (0.25, 0.5, 0.75)  # of the way between the two ends of the plain path
+FIGURE_LAM = 0.3
 
 
-def study(work: Path, output: Path, worlds: int, methods: Sequence[str], regimes: bool) -> dict[str, Any]:
-    """Everything, from `work`/ where it is there already; returns the content of exact_tail.json."""
-    chosen = [method for method in family().values() if not methods or method.name in methods]
-    seeds = range(worlds)
+def study(work: Path, output: Path, worlds: int, quick: bool) -> list[Path]:
+    """Everything, from what is in `work` already; returns the files written: JSON, tables, figures.
+
+    Args:
+        quick: two worlds, and neither what has to be trained nor the regimes.
+    """
+    chosen = [method for method in family().values() if not (quick and method.trained)]
+    seeds = range(2 if quick else worlds)
     run(work, seeds, chosen)
     records = {method.name: {seed: _points(work, seed, method) for seed in seeds} for method in chosen}
     found: dict[str, Any] = {
         "command": "python -m benchmarks exact_tail",
         "versions": {name: version(name) for name in ("torch", "rsa_lightning")}
         | {"python": platform.python_version()},
-        "worlds": worlds,
+        "worlds": len(seeds),
         "beta": BETA,
         "at": list(AT),
         "groups": {method.name: method.group for method in chosen},
         "methods": figures_of(records),
         "paths": {name: by_world[0] for name, by_world in records.items()},
     }
-    if regimes:
+    if not quick:
         found["regimes"] = _regimes(work, seeds)
-    write_json(output / "exact_tail.json", _rounded(found))
+    found = _rounded(found)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "exact_tail.json", found)
     write_text(output / "exact_tail.md", report(found))
-    return found
+    return [output / "exact_tail.json", output / "exact_tail.md", *_draw(found, output)]
+
+
+def _draw(found: dict[str, Any], output: Path) -> list[Path]:
+    frontier(found, output / "exact_tail_frontier.png")
+    differences(found, output / "exact_tail_matched.png", FIGURE_LAM)
+    if "regimes" in found:
+        limited_control(found, output / "exact_tail_limited.png", 1.0)
+    return sorted(output.glob("exact_tail_*.png"))
 
 
 def _points(work: Path, seed: int, method: Method) -> list[dict[str, Any]]:
