@@ -109,7 +109,7 @@ def report(found: dict[str, Any]) -> str:
         f"Written by `{found['command']}`: {found['worlds']} random worlds, vocabulary 6, length 3, 2 prompts, "
         f"β = {found['beta']:g}. Every method beside the SACPO that is equal in the sense of the heading, where that "
         "SACPO's multiplier is as said: medians over worlds with a 95 % interval for the median (order statistics). "
-        "Below zero is lighter.",
+        "Below zero is lighter; 100 % of a CVaR would make the tail as safe as the safest response (cost −1).",
     ]
     for how in MATCHES:
         for lam in found["at"]:

@@ -60,8 +60,8 @@ def differences(found: Mapping[str, Any], path: Path, lam: float) -> Path:
         ax.axvline(0, color="#444444", linewidth=1)
         ax.set(
             title={"reward": "equal reward", "value": "equal E[r] − β KL", "reward and KL": "equal reward and KL"}[how],
-            xlabel="change of CVaR 5 %, percent of SACPO's",
-            xlim=(-100, 150),
+            xlabel="change of CVaR 5 %, percent of SACPO's above the safest",
+            xlim=(-105, 105),
         )
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
@@ -85,7 +85,7 @@ def limited_control(found: Mapping[str, Any], path: Path, lam: float) -> Path:
         ax.axvline(0, color="#444444", linewidth=1)
         ax.set(
             title={"reward": "equal reward", "value": "equal E[r] − β KL", "reward and KL": "equal reward and KL"}[how],
-            xlabel="change of CVaR 5 %, percent of the plain policy's",
+            xlabel="change of CVaR 5 %, percent",
         )
     axes[0].set_yticks(range(len(cells)), list(cells))
     axes[0].invert_yaxis()
