@@ -15,7 +15,7 @@ from benchmarks.exact_tail.study import MATCHES, file_of, run
 from rsa_lightning.checkpoint import write_json, write_text
 
 REWARD_SHARES = (0.25, 0.5, 0.75)  # of the way between the two ends of the plain path
-FIGURE_LAM = 0.3
+FIGURE_LAM = 1.0
 
 
 def study(work: Path, output: Path, worlds: int, quick: bool) -> list[Path]:
@@ -52,7 +52,7 @@ def _draw(found: dict[str, Any], output: Path) -> list[Path]:
     frontier(found, output / "exact_tail_frontier.png")
     differences(found, output / "exact_tail_matched.png", FIGURE_LAM)
     if "regimes" in found:
-        limited_control(found, output / "exact_tail_limited.png", 1.0)
+        limited_control(found, output / "exact_tail_limited.png", FIGURE_LAM)
     return sorted(output.glob("exact_tail_*.png"))
 
 
