@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.theory.fixtures import bandit, coin, four_answers
 from benchmarks.theory.multiplier import geometric, merges
+from rsa_lightning.dual import dual_lambda
 from rsa_lightning.world import (
     Policy,
     TokenWorld,
@@ -32,18 +33,11 @@ def mean_costs(world: TokenWorld, policy: Policy) -> torch.Tensor:
     return tensor(*(expectation(policy, cost) for cost in world.costs))
 
 
-def slope(lam: float, costs: torch.Tensor, budget: float, beta: float) -> float:
-    """budget − E_x Σ_i softmax_i(−λ c_i/β) c_i, of reward-aligned samples: one row of costs per prompt."""
-    return float(budget - ((-lam * costs / beta).softmax(-1) * costs).sum(-1).mean())
-
-
-def dual_root(costs: torch.Tensor, budget: float, beta: float) -> float:
-    """Where the slope of the dual estimate is 0, by bisection."""
-    low, high = 0.0, 1e3
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle, costs, budget, beta) < 0 else (low, middle)
-    return (low + high) / 2
+def dual_root(costs: torch.Tensor, budget: float, beta: float, rewards: torch.Tensor | None = None) -> float:
+    """What `rsa dual` estimates from samples: one row of costs per prompt."""
+    prompts = torch.arange(len(costs)).repeat_interleave(costs.shape[1])
+    worth = None if rewards is None else rewards.flatten()
+    return dual_lambda(costs.flatten(), prompts, budget, beta, worth, resamples=1).lam
 
 
 # ----------------------------------------------------------------------------------------------------- one or several
@@ -153,6 +147,20 @@ def test_equal_samples_that_repeat_as_the_law_says_give_the_exact_multiplier():
     assert dual_root(samples, 0.1, 0.3) == pytest.approx(exact, abs=1e-12)
     two = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
     assert dual_root(two, 0.5, 0.1) == pytest.approx(0.041962, abs=5e-7)
+
+
+@every_size
+def test_the_estimate_of_a_whole_law_is_the_exact_multiplier(size):
+    """A reference that the reward makes uniform: every response once is then the law of π_r, and its estimate exact."""
+    drawn, beta, budget = TokenWorld.random(*size), 0.5, -0.4
+    vocabulary = drawn.reference[0].shape[-1]
+    world = TokenWorld(policy_of(-drawn.reward / beta, vocabulary), drawn.reward, drawn.costs)
+    exact = float(multipliers(world, beta, tensor(budget)))
+    assert dual_root(world.cost, budget, beta) == pytest.approx(exact, rel=1e-8)
+    # and from the reference, with rewards (CAN, arXiv:2405.19544), where that is uniform
+    even = TokenWorld(policy_of(torch.zeros_like(drawn.reward), vocabulary), drawn.reward, drawn.costs)
+    from_reference = dual_root(even.cost, budget, beta, even.reward)
+    assert from_reference == pytest.approx(float(multipliers(even, beta, tensor(budget))), rel=1e-8)
 
 
 def test_the_estimate_approaches_the_multiplier_with_more_samples():
