@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.exact_tail.study import MATCHES
 
 Record = Mapping[str, Any]
-AT = (0.1, 0.3, 1.0)  # SACPO's multiplier where methods are compared: mild, middling, strong
+AT = (0.1, 0.3, 1.0, 3.0)  # SACPO's multiplier where methods are compared, from mild to strong
 SAFEST = -1.0  # no response of these worlds costs less
 HARM = 0.5  # a CVaR from which plain percentages of it mean something
 MEASURES = ("cvar5", "cvar1", "cvar5, plain", "cvar1, plain", "cost", "kl")
@@ -64,6 +64,8 @@ def summary(by_world: Mapping[int, Sequence[Record]]) -> dict[str, Any]:
                     if (value := over_temperatures(points, how, measure, lam)) is not None
                 ]
                 cells[measure] = spread(values)
+                if measure != "cvar5":  # the only ones that are drawn world by world
+                    cells[measure].pop("values", None)
             found.setdefault(how, {})[str(lam)] = cells
     return found
 
@@ -125,7 +127,7 @@ def by_interpolation(
     return [None if ours is None or theirs is None else ours - theirs for ours, theirs in pairs]
 
 
-def table(found: Mapping[str, Any], groups: Mapping[str, str], how: str, lam: float) -> str:
+def table(found: Mapping[str, Any], how: str, lam: float) -> str:
     """Markdown: one row per method at one operating point."""
     rows = [
         "| method | CVaR 5 %, change | CVaR 1 %, change | mean cost, change | KL, change | worlds with less CVaR 5 % |",

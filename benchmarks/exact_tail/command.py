@@ -15,7 +15,7 @@ from benchmarks.exact_tail.study import MATCHES, file_of, run
 from rsa_lightning.checkpoint import write_json, write_text
 
 REWARD_SHARES = (0.25, 0.5, 0.75)  # of the way between the two ends of the plain path
-FIGURE_LAM = 1.0
+FIGURE_LAM, LIMITED_LAM = 1.0, 3.0
 
 
 def study(work: Path, output: Path, worlds: int, quick: bool) -> list[Path]:
@@ -37,7 +37,10 @@ def study(work: Path, output: Path, worlds: int, quick: bool) -> list[Path]:
         "at": list(AT),
         "groups": {method.name: method.group for method in chosen},
         "methods": figures_of(records),
-        "paths": {name: by_world[0] for name, by_world in records.items()},
+        "paths": {
+            name: [{key: value for key, value in point.items() if key != "sacpo"} for point in by_world[0]]
+            for name, by_world in records.items()
+        },
     }
     if not quick:
         found["regimes"] = _regimes(work, seeds)
@@ -52,7 +55,7 @@ def _draw(found: dict[str, Any], output: Path) -> list[Path]:
     frontier(found, output / "exact_tail_frontier.png")
     differences(found, output / "exact_tail_matched.png", FIGURE_LAM)
     if "regimes" in found:
-        limited_control(found, output / "exact_tail_limited.png", FIGURE_LAM)
+        limited_control(found, output / "exact_tail_limited.png", LIMITED_LAM)
     return sorted(output.glob("exact_tail_*.png"))
 
 
@@ -113,12 +116,13 @@ def report(found: dict[str, Any]) -> str:
     ]
     for how in MATCHES:
         for lam in found["at"]:
-            parts += [f"## At equal {how}, λ = {lam:g}", table(found["methods"], found["groups"], how, lam)]
+            parts += [f"## At equal {how}, λ = {lam:g}", table(found["methods"], how, lam)]
     if "regimes" in found:
         limited = found["regimes"]["limited control"]
         parts.append(f"# Limited control: {CONTROLLED} of 3 tokens is the policy's")
         for how in MATCHES:
-            parts += [f"## At equal {how}, λ = 1", table(limited, found["groups"], how, 1.0)]
+            for lam in found["at"][2:]:  # of one token a weak multiplier moves nothing
+                parts += [f"## At equal {how}, λ = {lam:g}", table(limited, how, lam)]
         parts += ["# Costs out of support", _support_table(found["regimes"]["out of support"])]
     return "\n\n".join(parts) + "\n"
 
