@@ -29,6 +29,7 @@ def study(work: Path, output: Path, worlds: int, quick: bool) -> list[Path]:
     run(work, seeds, chosen)
     records = {method.name: {seed: _points(work, seed, method) for seed in seeds} for method in chosen}
     found: dict[str, Any] = {
+        "op": "exact_tail",
         "command": "python -m benchmarks exact_tail",
         "versions": {name: version(name) for name in ("torch", "rsa_lightning")}
         | {"python": platform.python_version()},
