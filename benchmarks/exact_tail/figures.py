@@ -47,17 +47,17 @@ def differences(found: Mapping[str, Any], path: Path, lam: float) -> Path:
     names = [name for name in found["methods"] if name != "SACPO"]
     groups = list(dict.fromkeys(found["groups"].values()))
     colours = {name: COLOURS[groups.index(found["groups"][name]) % len(COLOURS)] for name in names}
-    return _three_panels({name: found["methods"][name] for name in names}, colours, path, lam)
+    return _three_panels({name: found["methods"][name] for name in names}, colours, path, lam, widest=105)
 
 
 @styled
 def limited_control(found: Mapping[str, Any], path: Path, lam: float) -> Path:
     """The same where the policy chooses the first token only, against the plain policy of that token."""
     cells = found["regimes"]["limited control"]
-    return _three_panels(cells, dict(zip(cells, COLOURS, strict=False)), path, lam)
+    return _three_panels(cells, dict(zip(cells, COLOURS, strict=False)), path, lam, widest=55)
 
 
-def _three_panels(cells: Mapping[str, Any], colours: Mapping[str, str], path: Path, lam: float) -> Path:
+def _three_panels(cells: Mapping[str, Any], colours: Mapping[str, str], path: Path, lam: float, widest: int) -> Path:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 0.27 * len(cells) + 2), sharey=True, layout="constrained")
@@ -67,7 +67,7 @@ def _three_panels(cells: Mapping[str, Any], colours: Mapping[str, str], path: Pa
             if cell["worlds"]:
                 _spread(ax, place, cell, colours[name])
         ax.axvline(0, color="#444444", linewidth=1)
-        ax.set(title=title, xlim=(-105, 105))
+        ax.set(title=title, xlim=(-widest, widest))
     axes[0].set_yticks(range(len(cells)), list(cells))
     axes[0].invert_yaxis()
     figure.supxlabel("change of CVaR 5 %, percent of what the plain policy's lies above the safest cost", fontsize=11)
