@@ -7,6 +7,8 @@
     python -m benchmarks aot                          # the kernels compiled for GPUs that are not here
     python -m benchmarks step                         # whole training steps, beside TRL's DPO
     python -m benchmarks tail_risk                    # which method lightens the tail of harm, learned: an hour or two
+    python -m benchmarks exact_tail                   # which method lightens the tail of harm, by exact expectations
+    python -m benchmarks theory --output DIR          # exact worlds: the numbers and figures of docs/theory
 
 Every provider first has to agree with the definition on the benchmark's own inputs; what agrees in a training step is
 said in `step/run.py`. Disagreement prints by how much and exits 1; what disagrees is not timed.
@@ -42,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         "aot": _aot,
         "step": _step,
         "tail_risk": _tail_risk,
+        "theory": _theory,
+        "exact_tail": _exact_tail,
     }
     try:
         return commands[options.command](options)
@@ -134,6 +138,22 @@ def _aot(options: argparse.Namespace) -> int:
     return command.main(options)
 
 
+def _theory(options: argparse.Namespace) -> int:
+    """Closed forms on enumerable worlds; nothing is timed."""
+    from benchmarks.theory import command  # it brings matplotlib
+
+    print("written:", *command.write(options.output))
+    return 0
+
+
+def _exact_tail(options: argparse.Namespace) -> int:
+    """Exact expectations of the whole family on random worlds, from hours of closed forms and training."""
+    from benchmarks.exact_tail import command  # it brings matplotlib
+
+    print("written:", *command.study(options.work, options.output, options.worlds, options.quick))
+    return 0
+
+
 def _step(options: argparse.Namespace) -> int:
     """Whole training steps."""
     from benchmarks.step import run as step  # it brings the trainers
@@ -180,6 +200,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         from benchmarks.tail_risk.command import add_arguments as add_tail_risk  # it brings the trainer
 
         add_tail_risk(tail_risk)
+    theory = commands.add_parser("theory", help="exact worlds: the numbers and figures of docs/theory")
+    theory.add_argument("--output", type=Path, default=Path("docs/theory"), metavar="DIR", help="default docs/theory")
+    _add_exact_tail(commands.add_parser("exact_tail", help="the family on random exact worlds: who lightens the tail"))
     options = parser.parse_args(arguments)
     if getattr(options, "samples", 1) < 1:
         parser.error(f"--samples is at least 1, got {options.samples}")
@@ -192,7 +215,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--threads is at least 1, got {options.threads}")
     output = getattr(options, "output", None)
     if output is not None:
-        _writable(parser, output, is_folder=options.command in ("kernels", "gpu", "tail_risk"))
+        _writable(parser, output, is_folder=options.command in ("kernels", "gpu", "theory", "exact_tail", "tail_risk"))
     if options.command == "step" and options.trl and importlib.util.find_spec("trl") is None:
         parser.error(
             "step compares with trl, which is not installed: pip install -c constraints.txt trl (it is in the extra "
@@ -228,6 +251,15 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, samples=20)
     parser.add_argument("--no-trl", dest="trl", action="store_false", help="time our methods alone")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the line of JSON there, too")
+
+
+def _add_exact_tail(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="of the results")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/exact_tail"), metavar="DIR", help="what is done stays here"
+    )
+    parser.add_argument("--worlds", type=int, default=20, help="random worlds, by seed from 0 (default 20)")
+    parser.add_argument("--quick", action="store_true", help="two worlds and the closed forms only: minutes")
 
 
 def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:

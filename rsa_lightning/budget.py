@@ -163,6 +163,7 @@ def layer(asked: argparse.Namespace, answers: Answers, found: DualEstimate | Tai
         f"# From {asked.samples}: {len(answers.costs)} answers to {answers.prompt_count} prompts{left_out}"
         f"{', tilted by their rewards' if asked.rewards else ''}.",
         f"# lam = {dual.lam!r}, 95 % interval {_interval(dual)}; temperature = beta / lam with beta = {dual.beta:g}.",
+        "# It is that of the exact policy, to which the loss DPO tends (configs/methods/sacpo.yaml).",
         *(f"# Caution: {note}." for note in notes),
     ]
     return "\n".join(head) + "\n" + dump({"steps": {asked.step: step}})

@@ -63,6 +63,11 @@ def differences(scores: Float[Tensor, "X S"]) -> Float[Tensor, "X S S"]:
     return scores[:, :, None] - scores[:, None, :]
 
 
+def win_rates(behaviour: Policy, scores: Float[Tensor, "X S"]) -> Float[Tensor, "X S"]:
+    """P(y is preferred to a response of `behaviour`): what IPO makes the return, π ∝ p exp(win rate / β)."""
+    return torch.einsum("xj,xij->xi", sequence_logps(behaviour).exp(), torch.sigmoid(differences(scores)))
+
+
 def _drawn(behaviour: Policy) -> Float[Tensor, "X S S"]:
     law = sequence_logps(behaviour).exp()
     return law[:, :, None] * law[:, None, :] * (1 - torch.eye(law.shape[-1], dtype=law.dtype))
@@ -139,74 +144,49 @@ def gradient(objective: Objective, at: Policy) -> float:
     return max(float(part.abs().max()) for part in found)
 
 
-class _Coordinates:
-    """Moves of all logits from a start, in units where the curvatures of a loss are of one size.
+def train(objective: Objective, start: Policy, steps: int = 2000, tolerance: float = 1e-9) -> Policy:
+    """The policy that L-BFGS ends at, from `start`, of a loss whose gradient is that of its value; for others `settle`.
 
     Logits after prefixes that are rarely reached have small gradients and small curvatures, both like the probability m
-    of prefix and token; logits · √m have not.
-    """
-
-    def __init__(self, objective: Objective, start: Policy) -> None:
-        self.objective, self.policy = objective, TabularPolicy(start)
-        self.start = torch.cat([level.flatten() for level in start])
-        self.scale = torch.cat([(0.5 * level).exp().flatten() for level in prefix_logps(start)])
-        self.sizes = [level.numel() for level in start]
-
-    def place(self, moves: Tensor) -> Policy:
-        """The policy at these moves."""
-        parts = (self.start + moves / self.scale).split(self.sizes)
-        with torch.no_grad():
-            for logits, part in zip(self.policy.logits, parts, strict=True):
-                logits.copy_(part.view(logits.shape))
-        return tuple(level.detach() for level in self.policy())
-
-    def gradient(self, moves: Tensor) -> Tensor:
-        self.place(moves)
-        found = torch.autograd.grad(self.objective(self.policy), list(self.policy.parameters()))
-        return torch.cat([part.flatten() for part in found]) / self.scale
-
-
-def train(objective: Objective, start: Policy, beta: float, steps: int = 1000, tolerance: float = 1e-9) -> Policy:
-    """The policy near `start` where the gradient of a loss at temperature beta is zero: accelerated gradient descent.
-
-    Anderson's acceleration looks at gradients only, never at the value of the loss: with a detached risk (v2) or a
-    detached baseline (KTO) the gradient is not that of the value, and a line search would stop anywhere.
+    of the prefix and the token; L-BFGS therefore moves logits · √m, where all curvatures are of one size.
 
     Args:
-        beta: temperature of the loss, whose curvatures are about beta² / 4.
-        tolerance: stop where no element of the gradient, in scaled coordinates, is larger.
+        tolerance: stop where no element of the gradient in these is larger.
 
     Raises:
-        RuntimeError: the gradient is still larger after that many steps. Where a risk measure has kinks there may be no
-            point with a zero gradient: see `settle`.
+        RuntimeError: the gradient is still above 100 times `tolerance` when it stops.
     """
-    rate, memory = 2.5 / beta**2, 20
-    where = _Coordinates(objective, start)
-    moves = torch.zeros_like(where.start)
-    visited: list[Tensor] = []
-    slopes: list[Tensor] = []
-    for _ in range(steps):
-        slope = where.gradient(moves)
-        if not slope.isfinite().all():
-            raise RuntimeError("descent diverged: raise beta, which shortens its steps, or take settle")
-        if slope.abs().max() < tolerance:
-            return where.place(moves)
-        visited, slopes = [*visited[-memory:], moves], [*slopes[-memory:], slope]
-        moves = moves - rate * slope
-        if len(slopes) > 1:
-            changes, turns = torch.stack(visited, 1).diff(dim=1), torch.stack(slopes, 1).diff(dim=1)
-            share = torch.linalg.lstsq(turns, slope[:, None]).solution
-            moves = moves - ((changes - rate * turns) @ share)[:, 0]
-    raise RuntimeError(
-        f"no zero gradient was found in {steps} steps (left: {slope.abs().max():.1e}): raise steps or tolerance"
-    )
+    policy = TabularPolicy(start)
+    scales = [(0.5 * level).exp() for level in prefix_logps(start)]
+    moves = [torch.zeros_like(scale, requires_grad=True) for scale in scales]
+    options = {"tolerance_grad": tolerance, "tolerance_change": 0.0, "history_size": 50}
+    optimizer = torch.optim.LBFGS(moves, max_iter=steps, line_search_fn="strong_wolfe", **options)  # type: ignore[arg-type]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for logits, level, move, scale in zip(policy.logits, start, moves, scales, strict=True):
+                logits.copy_(level + move / scale)
+        value = objective(policy)
+        found = torch.autograd.grad(value, list(policy.parameters()))
+        for move, part, scale in zip(moves, found, scales, strict=True):
+            move.grad = part / scale
+        return value
+
+    optimizer.step(closure)
+    closure()
+    left = max(float(move.grad.abs().max()) for move in moves if move.grad is not None)
+    if left > 100 * tolerance:
+        raise RuntimeError(f"L-BFGS stopped at a gradient of {left:.1e}: raise steps or tolerance, or start nearer")
+    return tuple(level.detach() for level in policy())
 
 
 def settle(objective: Objective, start: Policy, steps: int = 200) -> Policy:
     """Where Adam ends up with a rate that shrinks to zero, from `start`.
 
-    For losses whose gradient jumps, as that of a detached nested CVaR does where outcomes tie: there is no zero to
-    find, and descent slides along the kink. Coarser than `train`: figures good to about three digits.
+    For what a line search cannot do: with a detached risk (v2) or baseline (KTO) the gradient is not that of the value,
+    and that of a nested CVaR jumps where outcomes tie, so that descent slides along the kink. Coarser than `train`:
+    figures good to about three digits.
     """
     policy = TabularPolicy(start)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.15, betas=(0.9, 0.99))

@@ -45,7 +45,7 @@ class TokenWorld:
         costs: of every response, one row per constraint; at most 0 where a response is safe.
 
     Raises:
-        ValueError: shapes that do not belong together, or a tree too large to enumerate.
+        ValueError: shapes that do not belong together, another dtype than float64, or a reference that is no policy.
     """
 
     reference: Policy
@@ -53,6 +53,11 @@ class TokenWorld:
     costs: Float[Tensor, "K X S"]
 
     def __post_init__(self) -> None:
+        if not self.reference:
+            raise ValueError("reference has no positions: a response is at least one token long")
+        dtypes = {str(part.dtype) for part in (*self.reference, self.reward, self.costs)}
+        if dtypes != {"torch.float64"}:
+            raise ValueError(f"a world is float64, got {', '.join(sorted(dtypes))}: call .double() on its parts")
         prompts, responses = self.reward.shape
         sizes = [tuple(level.shape) for level in self.reference]
         vocabulary = sizes[0][-1]
@@ -63,6 +68,9 @@ class TokenWorld:
                 f"reward [X, S] and costs [K, X, S] must cover the {vocabulary}^{len(sizes)} responses to each prompt, "
                 f"got {tuple(self.reward.shape)} and {tuple(self.costs.shape)}"
             )
+        off = max(float(level.logsumexp(-1).abs().max()) for level in self.reference)
+        if not off < 1e-9:
+            raise ValueError(f"reference[t] must be log-probabilities, but one sums to exp({off:.2g}): use log_softmax")
 
     @property
     def cost(self) -> Float[Tensor, "X S"]:
@@ -85,9 +93,8 @@ class TokenWorld:
         """A world whose catastrophes look helpful.
 
         Every token has a worth of its own at its position, pairs of neighbours a smaller one, and every response a
-        little more: rewards of standard deviation one or so. Responses are safe or mildly unsafe (cost −1 to ½),
-        except for a share `catastrophic`: their costs are heavy-tailed, exp(1 + N(0, 1)), and their rewards are higher
-        by `temptation`.
+        little more: rewards of standard deviation one or so. Responses are safe or mildly unsafe (cost −1 to ½), except
+        for a share `catastrophic`: costs exp(1 + N(0, 1)), heavy-tailed, and rewards higher by `temptation`.
 
         Args:
             conflict: how much helpful responses tend to be mildly unsafe: logits of the mild cost per unit of reward.
@@ -97,9 +104,7 @@ class TokenWorld:
             ValueError: too many responses to enumerate.
         """
         if prompts * vocabulary**length > LARGEST_TREE:
-            raise ValueError(
-                f"{prompts} prompts x {vocabulary}^{length} responses are more than {LARGEST_TREE}: take fewer tokens"
-            )
+            raise ValueError(f"{prompts} x {vocabulary}^{length} responses are over {LARGEST_TREE}: take fewer tokens")
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -217,8 +222,8 @@ def token_optimum(
     """
     logits = list(reference)
     for returns, beta in streams:
-        values = nested_values(reference, returns, on_values(risk, beta))
-        logits = [level + after.view(level.shape) / beta for level, after in zip(logits, values[1:], strict=True)]
+        values = nested_values(reference, returns / beta, risk)
+        logits = [level + after.view(level.shape) for level, after in zip(logits, values[1:], strict=True)]
     return tuple(level.log_softmax(-1) for level in logits)
 
 
@@ -239,34 +244,74 @@ def multipliers(
     """
     base = sequence_logps(reference or world.reference) + world.reward / beta
     slack = world.costs - budgets[:, None, None]
+    # KL(π‖p) is at most −log of the rarest response: a dual below this has no feasible policy to bound
+    floor = float(beta * base.min(-1).values.mean())
+    accuracy = 1e-13 * float(1 + slack.abs().max())
 
-    def dual(lams: Tensor) -> Tensor:
-        return beta * (base - torch.einsum("k,kxs->xs", lams, slack) / beta).logsumexp(-1).mean()
+    def logits(lams: Tensor) -> Tensor:
+        return base - torch.einsum("k,kxs->xs", lams, slack) / beta
+
+    def dual(lams: Tensor) -> float:
+        return float(beta * logits(lams).logsumexp(-1).mean())
 
     lams = torch.zeros_like(budgets)
-    for _ in range(200):
-        law = (base - torch.einsum("k,kxs->xs", lams, slack) / beta).softmax(-1)
-        means = torch.einsum("xs,kxs->kx", law, slack)
-        slope = -means.mean(-1)
-        free = (lams > 0) | (slope < 0)
-        if not slope[free].numel() or slope[free].abs().max() < 1e-13:
+    for _ in range(500):
+        slope, curvature = _dual_derivatives(logits(lams).softmax(-1), slack, beta)
+        reach = (lams - (lams - slope).clamp(min=0)).abs().max()  # 0 at the minimum, and only there
+        if reach < accuracy:
             return lams
-        second = torch.einsum("xs,kxs,lxs->kl", law, slack, slack) / law.shape[0]
-        curvature = (second - means @ means.T / law.shape[0]) / beta
-        step = torch.zeros_like(lams)
-        step[free] = -torch.linalg.solve(
-            curvature[free][:, free] + 1e-14 * torch.eye(int(free.sum()), dtype=lams.dtype), slope[free]
-        )
-        if not step.isfinite().all() or lams.max() > 1e8:
+        if dual(lams) < floor:
             break
-        size, before = 1.0, dual(lams)
-        while size > 1e-12 and dual((lams + size * step).clamp(min=0)) > before + 1e-15 * before.abs():
+        # Bertsekas (1982): multipliers near 0 that would fall move by themselves, the others by Newton's step
+        held = (lams <= reach.clamp(max=1e-3)) & (slope > 0)
+        coupled = curvature.masked_fill(held[:, None] | held[None], 0.0)
+        coupled = coupled + torch.diag(held * curvature.diagonal() + 1e-14)
+        step, size = -torch.linalg.solve(coupled, slope), 1.0
+        most = dual(lams) + 1e-14 * beta * float(1 + logits(lams).abs().max())  # near the minimum all is rounding
+        while size > 1e-12 and dual((lams + size * step).clamp(min=0)) > most:
             size /= 2
-        moved = (lams + size * step).clamp(min=0)
-        if torch.equal(moved, lams):
-            return lams
-        lams = moved
+        lams = (lams + size * step).clamp(min=0)
     raise ValueError(f"no multiplier meets the budgets {budgets.tolist()}: no policy has costs below all of them")
+
+
+def _dual_derivatives(
+    law: Float[Tensor, "X S"], slack: Float[Tensor, "K X S"], beta: float
+) -> tuple[Float[Tensor, " K"], Float[Tensor, "K K"]]:
+    """Slope and curvature of the dual: minus the mean slack, and its covariance within prompts over β."""
+    means = torch.einsum("xs,kxs->kx", law, slack)
+    second = torch.einsum("xs,kxs,lxs->kl", law, slack, slack)
+    return -means.mean(-1), (second - means @ means.T) / (len(law) * beta)
+
+
+def indicator(cost: Float[Tensor, "X S"], threshold: float) -> Float[Tensor, "X S"]:
+    """1 where the cost is above the threshold: a cost whose mean is P(c > threshold)."""
+    return (cost > threshold).to(cost.dtype)
+
+
+def hinge(cost: Float[Tensor, "X S"], eta: float, tail_mass: float) -> Float[Tensor, "X S"]:
+    """The cost (c − η)₊/a, whose mean plus η is CVaR_a(c) at the best η, a VaR_a, and no less at any other."""
+    return (cost - eta).clamp(min=0) / tail_mass
+
+
+def hinge_worths(
+    reference: Policy, cost: Float[Tensor, "X S"], lam: float, tail_mass: float, beta: float
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """All η that may be best, which are the costs that occur, ascending, and what each is worth:
+
+        G(η) = β E_x log E_{y~π_r} exp(−λ (c − η)₊ / (aβ)) − λη
+
+    Between two costs G is convex; its local maxima, of which there may be several, are at costs.
+    """
+    scale = lam / (tail_mass * beta)
+    costs, order = cost.sort(-1)
+    logps = sequence_logps(reference).gather(-1, order)
+    nothing = logps.new_full((len(logps), 1), -torch.inf)
+    below = torch.cat([nothing, logps.logcumsumexp(-1)], -1)
+    above = torch.cat([(logps - scale * costs).flip(-1).logcumsumexp(-1).flip(-1), nothing], -1)
+    etas = cost.flatten().unique()
+    rank = torch.searchsorted(costs, etas.expand(len(costs), -1).contiguous(), right=True)
+    found = torch.logaddexp(below.gather(-1, rank), above.gather(-1, rank) + scale * etas)
+    return etas, beta * found.mean(0) - lam * etas
 
 
 def hinge_optimum(
@@ -274,20 +319,13 @@ def hinge_optimum(
 ) -> tuple[Policy, float]:
     """argmax over π of E[r] − λ CVaR_a(c) − β KL(π‖p), seen from `reference` = π_r, the reward-aligned policy; and η.
 
-    By CVaR_a(c) = min_η η + E(c − η)₊/a the problem is a maximum over π *and* η. For one η the best policy is the Gibbs
-    policy of the cost (c − η)₊/a on top of π_r, worth (up to a constant)
-
-        G(η) = β E_x log E_{y~π_r} exp(−λ (c − η)₊ / (aβ)) − λη,
-
-    whose maxima are at costs that occur; there may be several local ones, so all are tried.
+    By CVaR_a(c) = min_η η + E(c − η)₊/a (Rockafellar & Uryasev 2000) the problem is a maximum over π *and* η. For one η
+    the best policy is the Gibbs policy of the cost (c − η)₊/a on top of π_r; the best η is found by trying all
+    (`hinge_worths`). It is a VaR_a of the policy that is returned, not of π_r.
     """
-    law, flat = sequence_logps(reference), cost.flatten().unique()
-    worth = torch.stack(
-        [beta * (law - lam * (cost - eta).clamp(min=0) / (tail_mass * beta)).logsumexp(-1).mean() - lam * eta
-         for eta in flat]
-    )  # fmt: skip
-    eta = float(flat[worth.argmax()])
-    return gibbs(reference, -(cost - eta).clamp(min=0) / tail_mass, beta / lam), eta
+    etas, worths = hinge_worths(reference, cost, lam, tail_mass, beta)
+    eta = float(etas[worths.argmax()])
+    return gibbs(reference, -hinge(cost, eta, tail_mass), beta / lam), eta
 
 
 # -------------------------------------------------------------------------------------------------------- figures
@@ -324,7 +362,7 @@ def cantelli(policy: Policy, cost: Float[Tensor, "X S"], tail_mass: float) -> fl
 
 def exceedance(policy: Policy, cost: Float[Tensor, "X S"], threshold: float) -> float:
     """P(cost > threshold)."""
-    return expectation(policy, (cost > threshold).double())
+    return expectation(policy, indicator(cost, threshold))
 
 
 def entropic(policy: Policy, cost: Float[Tensor, "X S"], mu: float) -> float:
@@ -338,7 +376,7 @@ def quantiles(policy: Policy, cost: Float[Tensor, "X S"], levels: Sequence[float
 
 
 def distance(policy: Policy, other: Policy) -> float:
-    """The largest difference of two probabilities of a next token, over all prefixes that either policy can reach."""
+    """The largest difference of two probabilities of a next token, over all prefixes, however rarely reached."""
     return max(float((a.exp() - b.exp()).abs().max()) for a, b in zip(policy, other, strict=True))
 
 

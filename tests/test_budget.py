@@ -11,9 +11,13 @@ from rich.console import Console
 
 from rsa_lightning import budget
 from rsa_lightning.cli import main
-from rsa_lightning.config import load_file
+from rsa_lightning.config import load_file, load_layers
 from rsa_lightning.evaluation.samples import Sample, write_samples
+from rsa_lightning.losses import DPO
+from rsa_lightning.pipeline import Run
+from rsa_lightning.plan import read_config
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS, ANSWERS = 20, 128
 
 
@@ -85,7 +89,7 @@ def test_the_layer_sets_the_temperature_of_its_step(coins, tmp_path):
     assert head[2] == "# Budget: mean cost at most 0.25."
     assert f"{coins}: 4 answers to 2 prompts." in head[3]
     assert "beta = 0.5" in head[4]
-    assert head[5].startswith("# Caution: only 1.6 effective answers")
+    assert head[6].startswith("# Caution: only 1.6 effective answers")
 
 
 def test_a_layer_of_a_tail_carries_its_cost(heavy, tmp_path):
@@ -115,6 +119,19 @@ def test_a_layer_of_a_chance_carries_its_threshold(heavy, tmp_path):
     weights = (-(costs > 5).double() / step["temperature"]).softmax(-1)
     assert (weights * (costs > 5)).sum(-1).mean().item() == pytest.approx(0.02, abs=1e-9)
     assert "at most 2 % of answers cost more than 5" in printed
+
+
+@pytest.mark.parametrize("asked", [("--cvar-budget", 6, "--tail", 0.1), ("--chance", 5, 0.02)], ids=["cvar", "chance"])
+def test_a_run_takes_the_layer(asked, heavy, tmp_path):
+    """Over SACPO on the story world: the safety step has the transform, the temperature times the scale of its labels."""
+    path = tmp_path / "layer.yaml"
+    assert dual("--samples", heavy, *asked, "--write", path, "--resamples", 20)[0] == 0
+    layers = [CONFIGS / "quickstart.yaml", CONFIGS / "methods/sacpo.yaml", path]
+    config = load_layers(layers, [("output", str(tmp_path / "run")), ("data.stories.pairs", "60")])
+    step = load_file(path)["steps"]["safety"]
+    stage = Run(read_config(config), config, Console(file=io.StringIO())).check()["safety"]
+    assert type(stage.labels.transform).__name__ == step["cost_transform"]["class_path"]
+    assert stage.labels.base == DPO(beta=step["temperature"])
 
 
 def test_a_layer_is_replaced_and_other_files_are_not(coins, tmp_path):

@@ -233,8 +233,10 @@ def test_arrows(name):
 
 # folder or file of benchmarks/ -> what else of it may be imported
 BENCHMARKS = {
-    "__main__": {"kernels", "figures", "gpu", "aot", "step", "tail_risk", "timing"},
+    "__main__": {"kernels", "figures", "gpu", "aot", "step", "theory", "exact_tail", "tail_risk", "timing"},
     "timing": set(),
+    "theory": set(),
+    "exact_tail": set(),
     "kernels": {"timing"},
     "aot": {"timing"},
     "step": {"timing"},

@@ -9,18 +9,23 @@ from typing import Any
 from benchmarks.exact_tail.study import MATCHES
 
 Record = Mapping[str, Any]
-AT = (0.1, 0.3, 1.0)  # SACPO's multiplier where methods are compared: mild, middling, strong
-MEASURES = ("cvar5", "cvar1", "cost", "kl")
+AT = (0.1, 0.3, 1.0, 3.0)  # SACPO's multiplier where methods are compared, from mild to strong
+SAFEST = -1.0  # no response of these worlds costs less
+HARM = 0.5  # a CVaR from which plain percentages of it mean something
+MEASURES = ("cvar5", "cvar1", "cvar5, plain", "cvar1, plain", "cost", "kl")
+EQUAL = 1e-4  # a difference that is rounding
 
 
 def difference(point: Record, how: str, measure: str) -> float | None:
-    """Method less SACPO; of the tail costs in units of SACPO's, where that is a harm (> 0)."""
+    """Method less SACPO; of a CVaR as a share of what SACPO's lies above the safest cost, or plainly of SACPO's."""
     other = point["sacpo"][how]
     if other is None:
         return None
-    if measure in ("cvar5", "cvar1"):
-        return point[measure] / other[measure] - 1 if other[measure] > 0.05 else None
-    return float(point[measure] - other[measure])
+    name, _, plainly = measure.partition(", ")
+    change = float(point[name] - other[name])
+    if plainly:
+        return change / other[name] if other[name] > HARM else None
+    return change / (other[name] - SAFEST) if name.startswith("cvar") else change
 
 
 def at_multiplier(points: Sequence[Record], how: str, measure: str, lam: float) -> float | None:
@@ -59,6 +64,8 @@ def summary(by_world: Mapping[int, Sequence[Record]]) -> dict[str, Any]:
                     if (value := over_temperatures(points, how, measure, lam)) is not None
                 ]
                 cells[measure] = spread(values)
+                if measure != "cvar5":  # the only ones that are drawn world by world
+                    cells[measure].pop("values", None)
             found.setdefault(how, {})[str(lam)] = cells
     return found
 
@@ -82,7 +89,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "low": ordered[low],
         "high": ordered[high],
         "worlds": len(ordered),
-        "lighter": sum(value < 0 for value in ordered),
+        "lighter": sum(value < -EQUAL for value in ordered),
         "values": [round(value, 4) for value in values],
     }
 
@@ -120,13 +127,15 @@ def by_interpolation(
     return [None if ours is None or theirs is None else ours - theirs for ours, theirs in pairs]
 
 
-def table(found: Mapping[str, Any], groups: Mapping[str, str], how: str, lam: float) -> str:
+def table(found: Mapping[str, Any], how: str, lam: float) -> str:
     """Markdown: one row per method at one operating point."""
     rows = [
         "| method | CVaR 5 %, change | CVaR 1 %, change | mean cost, change | KL, change | worlds with less CVaR 5 % |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, cells in found.items():
+        if name == "SACPO":
+            continue
         cell = cells[how][str(lam)]
         if not cell["cvar5"]["worlds"]:
             rows.append(f"| {name} | does not reach | | | | |")

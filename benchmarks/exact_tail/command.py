@@ -8,37 +8,56 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.exact_tail.analyse import AT, by_interpolation, figures_of, spread, summary, table
+from benchmarks.exact_tail.figures import differences, frontier, limited_control
 from benchmarks.exact_tail.methods import BETA, Method, family
 from benchmarks.exact_tail.regimes import CONTROLLED, REGIMES, seeds_of
 from benchmarks.exact_tail.study import MATCHES, file_of, run
 from rsa_lightning.checkpoint import write_json, write_text
 
-WORLDS = 20
 REWARD_SHARES = (0.25, 0.5, 0.75)  # of the way between the two ends of the plain path
+FIGURE_LAM, LIMITED_LAM = 1.0, 3.0
 
 
-def study(work: Path, output: Path, worlds: int, methods: Sequence[str], regimes: bool) -> dict[str, Any]:
-    """Everything, from `work`/ where it is there already; returns the content of exact_tail.json."""
-    chosen = [method for method in family().values() if not methods or method.name in methods]
-    seeds = range(worlds)
+def study(work: Path, output: Path, worlds: int, quick: bool) -> list[Path]:
+    """Everything, from what is in `work` already; returns the files written: JSON, tables, figures.
+
+    Args:
+        quick: two worlds, and neither what has to be trained nor the regimes.
+    """
+    chosen = [method for method in family().values() if not (quick and method.trained)]
+    seeds = range(2 if quick else worlds)
     run(work, seeds, chosen)
     records = {method.name: {seed: _points(work, seed, method) for seed in seeds} for method in chosen}
     found: dict[str, Any] = {
+        "op": "exact_tail",
         "command": "python -m benchmarks exact_tail",
         "versions": {name: version(name) for name in ("torch", "rsa_lightning")}
         | {"python": platform.python_version()},
-        "worlds": worlds,
+        "worlds": len(seeds),
         "beta": BETA,
         "at": list(AT),
         "groups": {method.name: method.group for method in chosen},
         "methods": figures_of(records),
-        "paths": {name: by_world[0] for name, by_world in records.items()},
+        "paths": {
+            name: [{key: value for key, value in point.items() if key != "sacpo"} for point in by_world[0]]
+            for name, by_world in records.items()
+        },
     }
-    if regimes:
+    if not quick:
         found["regimes"] = _regimes(work, seeds)
-    write_json(output / "exact_tail.json", _rounded(found))
+    found = _rounded(found)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "exact_tail.json", found)
     write_text(output / "exact_tail.md", report(found))
-    return found
+    return [output / "exact_tail.json", output / "exact_tail.md", *_draw(found, output)]
+
+
+def _draw(found: dict[str, Any], output: Path) -> list[Path]:
+    frontier(found, output / "exact_tail_frontier.png")
+    differences(found, output / "exact_tail_matched.png", FIGURE_LAM)
+    if "regimes" in found:
+        limited_control(found, output / "exact_tail_limited.png", LIMITED_LAM)
+    return sorted(output.glob("exact_tail_*.png"))
 
 
 def _points(work: Path, seed: int, method: Method) -> list[dict[str, Any]]:
@@ -94,16 +113,17 @@ def report(found: dict[str, Any]) -> str:
         f"Written by `{found['command']}`: {found['worlds']} random worlds, vocabulary 6, length 3, 2 prompts, "
         f"β = {found['beta']:g}. Every method beside the SACPO that is equal in the sense of the heading, where that "
         "SACPO's multiplier is as said: medians over worlds with a 95 % interval for the median (order statistics). "
-        "Below zero is lighter.",
+        "Below zero is lighter; 100 % of a CVaR would make the tail as safe as the safest response (cost −1).",
     ]
     for how in MATCHES:
         for lam in found["at"]:
-            parts += [f"## At equal {how}, λ = {lam:g}", table(found["methods"], found["groups"], how, lam)]
+            parts += [f"## At equal {how}, λ = {lam:g}", table(found["methods"], how, lam)]
     if "regimes" in found:
         limited = found["regimes"]["limited control"]
         parts.append(f"# Limited control: {CONTROLLED} of 3 tokens is the policy's")
         for how in MATCHES:
-            parts += [f"## At equal {how}, λ = 1", table(limited, found["groups"], how, 1.0)]
+            for lam in found["at"][2:]:  # of one token a weak multiplier moves nothing
+                parts += [f"## At equal {how}, λ = {lam:g}", table(limited, how, lam)]
         parts += ["# Costs out of support", _support_table(found["regimes"]["out of support"])]
     return "\n\n".join(parts) + "\n"
 

@@ -8,34 +8,32 @@ from rsa_lightning.evaluation.figures import COLOURS, styled
 
 FRONTIER = (
     "SACPO",
-    "RSA v1 CVaR(0.97)",
+    "TDPO1",
     "RSA v1 CVaR(0.1)",
     "RSA v2 CVaR(0.97)",
     "hinge, worst 5 %",
     "indicator, cost > 1",
-    "SafeDPO",
+    "exponential, mu 0.5",
 )
+TITLES = {"reward": "equal reward", "value": "equal E[r] − β KL", "reward and KL": "equal reward and KL"}
 
 
 @styled
 def frontier(found: Mapping[str, Any], path: Path) -> Path:
-    """Mean reward against mean cost and CVaR 5 %, every method a line along its multipliers, in the first world."""
+    """What a method keeps against CVaR 5 %, along its multipliers, in the first world: mean reward, and less β KL."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    for ax, measure, label in zip(
-        axes, ("cost", "cvar5"), ("mean cost", "mean cost of the worst 5 % (CVaR)"), strict=True
-    ):
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for ax, measure in zip(axes, ("reward", "value"), strict=True):
         for name, colour in zip(FRONTIER, COLOURS, strict=True):
-            points = [point for point in found["paths"].get(name, ()) if point["beta"] == found["beta"]]
-            points.sort(key=lambda point: point["strength"])
+            points = sorted(found["paths"].get(name, ()), key=lambda point: point["strength"])
             ax.plot(
-                [point[measure] for point in points], [point["reward"] for point in points],
+                [point["cvar5"] for point in points], [point[measure] for point in points],
                 color=colour, marker="o", markersize=3.5, linewidth=1.5 if name != "SACPO" else 2.5, label=name,
             )  # fmt: skip
-        ax.set_xlabel(label)
-    axes[0].set(title="Average", ylabel="mean reward")
-    axes[1].set_title("In the tail")
+        ax.set_xlabel("mean cost of the worst 5 % (CVaR)")
+    axes[0].set(title="Mean reward", ylabel="E[r]")
+    axes[1].set(title="Mean reward less the price of moving", ylabel="E[r] − β KL")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4)
     figure.savefig(path)
@@ -46,49 +44,33 @@ def frontier(found: Mapping[str, Any], path: Path) -> Path:
 @styled
 def differences(found: Mapping[str, Any], path: Path, lam: float) -> Path:
     """The change of CVaR 5 % against SACPO under three kinds of equality: worlds as points, median and interval."""
-    from matplotlib import pyplot
-
     names = [name for name in found["methods"] if name != "SACPO"]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 0.27 * len(names) + 1.6), sharey=True, layout="constrained")
     groups = list(dict.fromkeys(found["groups"].values()))
-    for ax, how in zip(axes, ("reward", "value", "reward and KL"), strict=True):
-        for place, name in enumerate(names):
-            cell = found["methods"][name][how][str(lam)]["cvar5"]
-            if cell["worlds"]:
-                colour = COLOURS[groups.index(found["groups"][name]) % len(COLOURS)]
-                _spread(ax, place, cell, colour)
-        ax.axvline(0, color="#444444", linewidth=1)
-        ax.set(
-            title={"reward": "equal reward", "value": "equal E[r] − β KL", "reward and KL": "equal reward and KL"}[how],
-            xlabel="change of CVaR 5 %, percent of SACPO's",
-            xlim=(-100, 150),
-        )
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.savefig(path)
-    pyplot.close(figure)
-    return path
+    colours = {name: COLOURS[groups.index(found["groups"][name]) % len(COLOURS)] for name in names}
+    return _three_panels({name: found["methods"][name] for name in names}, colours, path, lam, widest=105)
 
 
 @styled
 def limited_control(found: Mapping[str, Any], path: Path, lam: float) -> Path:
-    """The same where the policy chooses the first token only."""
+    """The same where the policy chooses the first token only, against the plain policy of that token."""
+    cells = found["regimes"]["limited control"]
+    return _three_panels(cells, dict(zip(cells, COLOURS, strict=False)), path, lam, widest=55)
+
+
+def _three_panels(cells: Mapping[str, Any], colours: Mapping[str, str], path: Path, lam: float, widest: int) -> Path:
     from matplotlib import pyplot
 
-    cells = found["regimes"]["limited control"]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 0.4 * len(cells) + 1.6), sharey=True, layout="constrained")
-    for ax, how in zip(axes, ("reward", "value", "reward and KL"), strict=True):
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 0.27 * len(cells) + 2), sharey=True, layout="constrained")
+    for ax, (how, title) in zip(axes, TITLES.items(), strict=True):
         for place, name in enumerate(cells):
             cell = cells[name][how][str(lam)]["cvar5"]
             if cell["worlds"]:
-                _spread(ax, place, cell, COLOURS[place % len(COLOURS)])
+                _spread(ax, place, cell, colours[name])
         ax.axvline(0, color="#444444", linewidth=1)
-        ax.set(
-            title={"reward": "equal reward", "value": "equal E[r] − β KL", "reward and KL": "equal reward and KL"}[how],
-            xlabel="change of CVaR 5 %, percent of the plain policy's",
-        )
+        ax.set(title=title, xlim=(-widest, widest))
     axes[0].set_yticks(range(len(cells)), list(cells))
     axes[0].invert_yaxis()
+    figure.supxlabel("change of CVaR 5 %, percent of what the plain policy's lies above the safest cost", fontsize=11)
     figure.savefig(path)
     pyplot.close(figure)
     return path

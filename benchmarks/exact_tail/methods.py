@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsa_lightning.legacy import LegacyCVaR
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, PreferenceLoss
-from rsa_lightning.tabular import bradley_terry, pair_objective, rated_objective, settle
+from rsa_lightning.tabular import bradley_terry, pair_objective, rated_objective, settle, win_rates
 from rsa_lightning.temperatures import stage_betas
 from rsa_lightning.world import (
     Policy,
@@ -24,7 +24,6 @@ from rsa_lightning.world import (
     hinge_optimum,
     kl,
     mixture,
-    sequence_logps,
     stepwise,
     token_optimum,
 )
@@ -58,6 +57,10 @@ class Method:
     path: Callable[[TokenWorld, float], Path]
     strengths: Sequence[float] = LAMS
     betas: Sequence[float] = (BETA,)
+
+    @property
+    def trained(self) -> bool:
+        return self.strengths is FEW_LAMS
 
 
 # ------------------------------------------------------------------------------------------------- closed forms
@@ -171,17 +174,11 @@ def trained(loss: Callable[[float], PreferenceLoss], risk: RiskMeasure | None) -
     return path
 
 
-def wins(reference: Policy, scores: Tensor) -> Tensor:
-    """P(response beats another of the reference): what a response is called desirable by."""
-    law = sequence_logps(reference).exp()
-    return torch.einsum("xj,xij->xi", law, torch.sigmoid(scores[:, :, None] - scores[:, None, :]))
-
-
 def with_kto(first: str, second: str) -> Callable[[TokenWorld, float], Path]:
     def step(kind: str, reference: Policy, scores: Tensor, beta: float) -> Policy:
         if kind == "dpo":
             return gibbs(reference, scores, beta)
-        objective = rated_objective(KTO(beta=beta), reference, reference, wins(reference, scores))
+        objective = rated_objective(KTO(beta=beta), reference, reference, win_rates(reference, scores))
         return settle(objective, reference, STEPS)
 
     def path(world: TokenWorld, beta: float) -> Path:

@@ -1,0 +1,1 @@
+"""Exact computations on enumerable worlds: the numbers and the figures of docs/theory."""
