@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import timing
 from benchmarks.tail_risk import analyse, study
 from benchmarks.tail_risk.methods import (
     FULL,
@@ -23,11 +26,10 @@ from benchmarks.tail_risk.methods import (
     pilot_methods,
 )
 from benchmarks.tail_risk.prompts import split_prompts
-from benchmarks.timing import Refused
 from rsa_lightning.checkpoint import write_json, write_text
 
 STATE = Path("runs/tail_risk")
-PACKAGES = ("rsa_lightning", "torch", "lightning", "transformers", "tokenizers")
+PACKAGES = ("rsa_lightning", "lightning", "transformers", "tokenizers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
     output = options.output or (state if options.quick else Path("benchmarks/results"))
     seeds = study.found(state, methods, scale) if options.report else study.run(state, methods, scale, options.workers)
     if not seeds:
-        raise Refused(f"--report: no seed is complete in {state}; leave --report out to go on with the study")
+        raise timing.Refused(f"--report: no seed is complete in {state}; leave --report out to go on with the study")
     command = "python -m benchmarks tail_risk" + (" --quick" if options.quick else "")
     write(results(seeds, methods, scale, command), methods, output)
     print(f"{output / 'tail_risk.md'}: {len(seeds)} seeds")
@@ -65,7 +67,7 @@ def results(seeds: analyse.Seeds, methods: Sequence[Method], scale: Scale, comma
     first = next(iter(seeds.values()))
     return {
         "command": command,
-        "versions": {name: version(name) for name in PACKAGES},
+        "environment": {**timing.environment(torch.device("cpu")), **{name: version(name) for name in PACKAGES}},
         "settings": study.settings(methods, scale),
         "prompts": {split: len(found) for split, found in prompts.items()},
         "parameters": first["warmup"]["training"]["parameters"],
