@@ -21,9 +21,9 @@ def markdown(results: Mapping[str, Any], methods: Sequence[Method]) -> str:
         if rival in results["matched"]:
             title = next(method.title for method in methods if method.name == rival)
             for split in COMPARED:
-                axis, words = next(iter(AXES_OF[split].items()))
-                table = _matched(results, methods, rival, split, axis)
-                parts.append(f"## At the same {words}, {SPLITS[split]}: difference from {title}\n\n{table}")
+                for axis, words in list(AXES_OF[split].items())[:2]:
+                    table = _matched(results, methods, rival, split, axis)
+                    parts.append(f"## At the same {words}, {SPLITS[split]}: difference from {title}\n\n{table}")
     for limit in LIMITS:
         words = f"the best reward with CVaR 5 % at most {limit:g} × the warm-up model's"
         parts.append(f"## Picked on validation prompts: {words}\n\n{_selection(results, methods, f'{limit:g}')}")
