@@ -194,10 +194,16 @@ def _beta(asked: argparse.Namespace) -> tuple[float, list[str]]:
         )
     if kind == "reward" and asked.rewards:
         notes.append(f"--rewards is for answers from before alignment: {folder.name} has earned its rewards already")
-    betas = {entry["temperature"] for entry in entries.values() if entry["kind"] == "reward"}
-    if asked.beta is None:
-        return (betas.pop() if len(betas) == 1 else DEFAULT_BETA), notes
+    if kind not in (None, "reward", "warmup"):
+        notes.append(f"these answers are those of the step {folder.name} ({kind}): λ is what is needed on top of it")
     own = entries.get(folder.name, {}).get("temperature")
+    if asked.beta is None and kind == "reward":
+        return own, notes
+    betas = {entry["temperature"] for entry in entries.values() if entry["kind"] == "reward"}
+    if asked.beta is None and len(betas) > 1:
+        raise ValueError(f"the run has reward steps at the temperatures {sorted(betas)}: say which with --beta")
+    if asked.beta is None:
+        return (betas.pop() if betas else DEFAULT_BETA), notes
     if kind == "reward" and own != asked.beta:
         raise ValueError(
             f"--beta {asked.beta:g}, but the step {folder.name} that drew the answers was trained at {own:g}: "

@@ -90,11 +90,12 @@ def test_between_two_multipliers_the_difference_is_linear_in_the_logarithm():
 
 
 def test_the_interval_of_the_median():
-    """Twenty values: the 6th and the 15th, with probability 0.9586 (tables of the sign test). Five: the extremes."""
+    """Twenty values: the 6th and the 15th, with probability 0.9586 (tables of the sign test). Six: the extremes."""
     assert median_interval(20) == (5, 14)
-    assert median_interval(5) == (0, 4)
+    assert median_interval(6) == (0, 5)  # 1 − 2 / 64
+    assert median_interval(5) is None  # 1 − 2 / 32 is too little
     assert spread([3.0, -1.0, 2.0]) == {
-        "median": 2.0, "low": -1.0, "high": 3.0, "worlds": 3, "lighter": 1, "values": [3.0, -1.0, 2.0],
+        "median": 2.0, "low": None, "high": None, "worlds": 3, "lighter": 1, "values": [3.0, -1.0, 2.0],
     }  # fmt: skip
 
 

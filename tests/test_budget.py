@@ -172,6 +172,25 @@ def test_the_temperature_is_that_of_the_run(tmp_path):
         dual("--samples", path, "--budget", 0.25, "--beta", 0.1)
 
 
+def test_the_step_that_drew_the_answers_knows_its_temperature(tmp_path):
+    """Two reward steps: the samples' own counts. Samples of neither: which one is the user's to say."""
+    path = run_of(tmp_path / "run", "reward", 2.0)
+    manifest = tmp_path / "run/manifest.json"
+    steps = json.loads(manifest.read_text())["steps"] | {"other": {"kind": "reward", "temperature": 0.5}}
+    manifest.write_text(json.dumps({"format": 1, "steps": steps}))
+    assert f"{2 * math.log(3):.4g} [" in dual("--samples", path, "--budget", 0.25)[1]
+    steps["step"] = {"kind": "warmup", "temperature": None}
+    steps["third"] = {"kind": "reward", "temperature": 0.1}
+    manifest.write_text(json.dumps({"format": 1, "steps": steps}))
+    with pytest.raises(ValueError, match=r"reward steps at the temperatures \[0.1, 0.5\]: say which with --beta"):
+        dual("--samples", path, "--budget", 0.25)
+
+
+def test_answers_of_a_safety_step_are_noticed(tmp_path):
+    path = run_of(tmp_path / "run", "safety", 0.1)
+    assert "λ is what is needed on top of it" in dual("--samples", path, "--budget", 0.25)[1]
+
+
 def test_answers_of_the_wrong_step_are_noticed(tmp_path):
     warmup, reward = run_of(tmp_path / "a", "warmup", None), run_of(tmp_path / "b", "reward", 0.1)
     assert "policy without reward alignment" in dual("--samples", warmup, "--budget", 0.25)[1]
