@@ -120,7 +120,7 @@ class Assessment:
                 f"{name} ({entry['kind']})",
                 entry["start"],
                 _shown(settings["loss"]) if beta else "",
-                _shown(settings["risk"]) if beta else "",
+                _shown(settings["risk"]) if beta and not _is_riskless(settings["loss"]) else "",
                 _labels(settings.get("cost_transform"), entry.get("label_scale")),
                 beta,
                 _trained(entry["inputs"].get("adapter")),
@@ -253,6 +253,11 @@ def _trained(adapter: Mapping[str, Any] | None) -> str:
 def _labels(transform: Any, scale: float | None) -> str:
     """What a step learns of its pairs: their order, or their costs with the label scale that its temperature holds."""
     return "" if transform is None else f"{_shown(transform)}, scale {scale:.3g}"
+
+
+def _is_riskless(loss: Any) -> bool:
+    """Whether a loss reads no risk, so that it is only measured."""
+    return _shown(loss).split("(")[0].split(".")[-1] in ("DPO", "IPO", "KTO")
 
 
 def _shown(setting: Any) -> str:

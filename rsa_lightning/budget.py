@@ -150,7 +150,7 @@ def lines(asked: argparse.Namespace, answers: Answers, found: DualEstimate | Tai
 def layer(asked: argparse.Namespace, answers: Answers, found: DualEstimate | TailEstimate, notes: list[str]) -> str:
     """The YAML of a layer for `rsa align`, headed by how it was made."""
     dual = found.dual if isinstance(found, TailEstimate) else found
-    step: dict[str, Any] = {"temperature": dual.temperature}
+    step: dict[str, Any] = {"loss": "DPO", "temperature": dual.temperature}
     if isinstance(found, TailEstimate):
         step["cost_transform"] = {"class_path": "Hinge", "init_args": {"eta": found.eta, "tail": found.tail}}
     elif asked.chance is not None:
@@ -163,7 +163,7 @@ def layer(asked: argparse.Namespace, answers: Answers, found: DualEstimate | Tai
         f"# From {asked.samples}: {len(answers.costs)} answers to {answers.prompt_count} prompts{left_out}"
         f"{', tilted by their rewards' if asked.rewards else ''}.",
         f"# lam = {dual.lam!r}, 95 % interval {_interval(dual)}; temperature = beta / lam with beta = {dual.beta:g}.",
-        "# It is that of the exact policy, to which the loss DPO tends (configs/methods/sacpo.yaml).",
+        "# They are those of the exact policy, to which the loss DPO tends and others do not.",
         *(f"# Caution: {note}." for note in notes),
     ]
     return "\n".join(head) + "\n" + dump({"steps": {asked.step: step}})
