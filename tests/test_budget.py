@@ -82,7 +82,8 @@ def test_the_layer_sets_the_temperature_of_its_step(coins, tmp_path):
     """β / λ in digits that give λ back, and a header that says how it was made."""
     path = tmp_path / "layer.yaml"
     dual("--samples", coins, "--budget", 0.25, "--beta", 0.5, "--write", path, "--step", "safe")
-    assert load_file(path) == {"steps": {"safe": {"temperature": pytest.approx(1 / math.log(3), rel=1e-12)}}}
+    step = {"loss": "DPO", "temperature": pytest.approx(1 / math.log(3), rel=1e-12)}
+    assert load_file(path) == {"steps": {"safe": step}}
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert head[0] == budget.MARK
     assert head[1] == f"# Run:  rsa align -c YOUR.yaml -c {path}"
