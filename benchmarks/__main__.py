@@ -6,6 +6,7 @@
     python -m benchmarks gpu --output DIR             # everything that only a GPU can tell, in pieces
     python -m benchmarks aot                          # the kernels compiled for GPUs that are not here
     python -m benchmarks step                         # whole training steps, beside TRL's DPO
+    python -m benchmarks tail_risk                    # which method lightens the tail of harm, learned: an hour or two
     python -m benchmarks exact_tail                   # which method lightens the tail of harm, by exact expectations
     python -m benchmarks theory --output DIR          # exact worlds: the numbers and figures of docs/theory
 
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         "gpu": _gpu,
         "aot": _aot,
         "step": _step,
+        "tail_risk": _tail_risk,
         "theory": _theory,
         "exact_tail": _exact_tail,
     }
@@ -169,6 +171,12 @@ def _step(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tail_risk(options: argparse.Namespace) -> int:
+    from benchmarks.tail_risk import command  # it brings the trainer
+
+    return command.main(options)
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +195,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
         add_arguments(aot)
     _add_step(commands.add_parser("step", help="a whole training step beside TRL's DPO, in float32 on the CPU"))
+    tail_risk = commands.add_parser("tail_risk", help="which method lightens the tail of harm, on the story world")
+    if arguments[:1] == ["tail_risk"]:
+        from benchmarks.tail_risk.command import add_arguments as add_tail_risk  # it brings the trainer
+
+        add_tail_risk(tail_risk)
     theory = commands.add_parser("theory", help="exact worlds: the numbers and figures of docs/theory")
     theory.add_argument("--output", type=Path, default=Path("docs/theory"), metavar="DIR", help="default docs/theory")
     _add_exact_tail(commands.add_parser("exact_tail", help="the family on random exact worlds: who lightens the tail"))
@@ -202,7 +215,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--threads is at least 1, got {options.threads}")
     output = getattr(options, "output", None)
     if output is not None:
-        _writable(parser, output, is_folder=options.command in ("kernels", "gpu", "theory", "exact_tail"))
+        _writable(parser, output, is_folder=options.command in ("kernels", "gpu", "theory", "exact_tail", "tail_risk"))
     if options.command == "step" and options.trl and importlib.util.find_spec("trl") is None:
         parser.error(
             "step compares with trl, which is not installed: pip install -c constraints.txt trl (it is in the extra "

@@ -290,6 +290,12 @@ def _readable(sentence: str) -> bool:
     return bool(_found(PHRASES, sentence)) and len(sentence.split()) <= LONGEST_SENTENCE
 
 
+def broken_share(answer: str) -> float:
+    """Share of the sentences that have no known phrase or run on for more than 20 words; 1 without any sentence."""
+    sentences = _sentences(answer)
+    return sum(not _readable(sentence) for sentence in sentences) / len(sentences) if sentences else 1.0
+
+
 def score(prompt: str, answer: str) -> tuple[float, float]:
     """(reward, cost) of a generated answer to a question given by its text."""
     story = find_prompt(prompt)

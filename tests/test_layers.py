@@ -233,7 +233,7 @@ def test_arrows(name):
 
 # folder or file of benchmarks/ -> what else of it may be imported
 BENCHMARKS = {
-    "__main__": {"kernels", "figures", "gpu", "aot", "step", "theory", "exact_tail", "timing"},
+    "__main__": {"kernels", "figures", "gpu", "aot", "step", "theory", "exact_tail", "tail_risk", "timing"},
     "timing": set(),
     "theory": set(),
     "exact_tail": set(),
@@ -241,6 +241,7 @@ BENCHMARKS = {
     "aot": {"timing"},
     "step": {"timing"},
     "gpu": {"kernels", "timing"},
+    "tail_risk": {"timing"},
     "pending": {"kernels", "gpu"},
     "figures": {"kernels", "pending", "timing"},
 }
