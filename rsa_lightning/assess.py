@@ -15,6 +15,7 @@ from rsa_lightning.checkpoint import folder_hashes, key_of, write_json
 from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.data.readers import Source, read_rows
 from rsa_lightning.data.records import FormatError, Prompt, as_transcript
+from rsa_lightning.data.template import template_text
 from rsa_lightning.data.tokenize import EncodedPair, pad_id
 from rsa_lightning.evaluation.figures import require_matplotlib
 from rsa_lightning.evaluation.folders import Folders
@@ -39,6 +40,13 @@ class Candidate(NamedTuple):
     start: str
     origin: str
     members: Mapping[str, float] | None = None
+
+
+# of the table of what was run
+COLUMNS = (
+    *("step", "start", "loss", "risk", "labels"),
+    *("temperature", "trained", "training pairs", "optimizer steps"),
+)
 
 
 class Assessment:
@@ -108,19 +116,18 @@ class Assessment:
                 continue
             settings = entry["inputs"]["step"]
             beta = "" if entry["temperature"] is None else f"{entry['temperature']:g}"
-            rows.append(
-                {
-                    "step": f"{name} ({entry['kind']})",
-                    "start": entry["start"],
-                    "loss": _shown(settings["loss"]) if beta else "",
-                    "risk": _shown(settings["risk"]) if beta else "",
-                    "labels": _labels(settings.get("cost_transform"), entry.get("label_scale")),
-                    "temperature": beta,
-                    "trained": _trained(entry["inputs"].get("adapter")),
-                    "training pairs": str(entry["data"]["train_pairs"]),
-                    "optimizer steps": str(entry["optimizer_steps"]),
-                }
+            cells = (
+                f"{name} ({entry['kind']})",
+                entry["start"],
+                _shown(settings["loss"]) if beta else "",
+                _shown(settings["risk"]) if beta and not _is_riskless(settings["loss"]) else "",
+                _labels(settings.get("cost_transform"), entry.get("label_scale")),
+                beta,
+                _trained(entry["inputs"].get("adapter")),
+                str(entry["data"]["train_pairs"]),
+                str(entry["optimizer_steps"]),
             )
+            rows.append(dict(zip(COLUMNS, cells, strict=True)))
         return rows
 
     def _assess(self, name: str, candidate: Candidate) -> ModelRecord:
@@ -143,7 +150,7 @@ class Assessment:
             {
                 **weights,
                 "prompts": self.prompts,
-                "template": self.template,
+                "template": _template_key(self.template),
                 "sampling": dataclasses.asdict(self.sampling),
             }
         )
@@ -219,14 +226,18 @@ def _template(criteria: Mapping[str, PreferenceData], shared: str | None) -> str
 
 def _without_training(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
     """A row on a step that made something of what was there."""
-    columns = ("step", "start", "loss", "risk", "temperature", "trained", "training pairs", "optimizer steps")
     known = {
         "step": f"{name} ({entry['kind']})",
         "start": entry["start"] or "",
         "trained": f"nothing: {entry['made']}",
         "training pairs": str(entry["labels"]["pairs"]) if "labels" in entry else "",
     }
-    return {column: known.get(column, "") for column in columns}
+    return {column: known.get(column, "") for column in COLUMNS}
+
+
+def _template_key(template: str | None) -> str | None:
+    """What tells two templates apart: of a file its text."""
+    return template_text(template) if template is not None and template.endswith(".jinja") else template
 
 
 def _trained(adapter: Mapping[str, Any] | None) -> str:
@@ -244,12 +255,17 @@ def _labels(transform: Any, scale: float | None) -> str:
     return "" if transform is None else f"{_shown(transform)}, scale {scale:.3g}"
 
 
+def _is_riskless(loss: Any) -> bool:
+    """Whether a loss reads no risk, so that it is only measured."""
+    return _shown(loss).split("(")[0].split(".")[-1] in ("DPO", "IPO", "KTO")
+
+
 def _shown(setting: Any) -> str:
     """A class with its arguments, as a configuration names it; "default" where it names none."""
     if not isinstance(setting, Mapping):
         return str(setting or "default")
     arguments = ", ".join(f"{key}={value}" for key, value in (setting.get("init_args") or {}).items())
-    return f"{str(setting['class_path']).split('.')[-1]}({arguments})"
+    return f"{str(setting.get('class_path', 'default')).split('.')[-1]}({arguments})"
 
 
 def read_prompts(path: str | Path) -> dict[str, Prompt]:

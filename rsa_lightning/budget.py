@@ -150,7 +150,7 @@ def lines(asked: argparse.Namespace, answers: Answers, found: DualEstimate | Tai
 def layer(asked: argparse.Namespace, answers: Answers, found: DualEstimate | TailEstimate, notes: list[str]) -> str:
     """The YAML of a layer for `rsa align`, headed by how it was made."""
     dual = found.dual if isinstance(found, TailEstimate) else found
-    step: dict[str, Any] = {"temperature": dual.temperature}
+    step: dict[str, Any] = {"loss": "DPO", "temperature": dual.temperature}
     if isinstance(found, TailEstimate):
         step["cost_transform"] = {"class_path": "Hinge", "init_args": {"eta": found.eta, "tail": found.tail}}
     elif asked.chance is not None:
@@ -163,7 +163,7 @@ def layer(asked: argparse.Namespace, answers: Answers, found: DualEstimate | Tai
         f"# From {asked.samples}: {len(answers.costs)} answers to {answers.prompt_count} prompts{left_out}"
         f"{', tilted by their rewards' if asked.rewards else ''}.",
         f"# lam = {dual.lam!r}, 95 % interval {_interval(dual)}; temperature = beta / lam with beta = {dual.beta:g}.",
-        "# It is that of the exact policy, to which the loss DPO tends (configs/methods/sacpo.yaml).",
+        "# They are those of the exact policy, to which the loss DPO tends and others do not.",
         *(f"# Caution: {note}." for note in notes),
     ]
     return "\n".join(head) + "\n" + dump({"steps": {asked.step: step}})
@@ -194,10 +194,16 @@ def _beta(asked: argparse.Namespace) -> tuple[float, list[str]]:
         )
     if kind == "reward" and asked.rewards:
         notes.append(f"--rewards is for answers from before alignment: {folder.name} has earned its rewards already")
-    betas = {entry["temperature"] for entry in entries.values() if entry["kind"] == "reward"}
-    if asked.beta is None:
-        return (betas.pop() if len(betas) == 1 else DEFAULT_BETA), notes
+    if kind not in (None, "reward", "warmup"):
+        notes.append(f"these answers are those of the step {folder.name} ({kind}): λ is what is needed on top of it")
     own = entries.get(folder.name, {}).get("temperature")
+    if asked.beta is None and kind == "reward":
+        return own, notes
+    betas = {entry["temperature"] for entry in entries.values() if entry["kind"] == "reward"}
+    if asked.beta is None and len(betas) > 1:
+        raise ValueError(f"the run has reward steps at the temperatures {sorted(betas)}: say which with --beta")
+    if asked.beta is None:
+        return (betas.pop() if betas else DEFAULT_BETA), notes
     if kind == "reward" and own != asked.beta:
         raise ValueError(
             f"--beta {asked.beta:g}, but the step {folder.name} that drew the answers was trained at {own:g}: "

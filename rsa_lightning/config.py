@@ -76,8 +76,11 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     """Whether `above` names a class that `below` does not: the arguments of the one mean nothing to the other."""
-    names = [str(setting.get("class_path")).split(".")[-1] for setting in (below, above) if "class_path" in setting]
-    return len(names) == 2 and names[0] != names[1]
+    names = [str(setting["class_path"]) for setting in (below, above) if "class_path" in setting]
+    if len(names) < 2 or names[0] == names[1]:
+        return False
+    short = [name.split(".")[-1] for name in names]  # a class may be named without its module
+    return short[0] != short[1] or all("." in name for name in names)
 
 
 def nest(dotted: str, value: Any) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from rsa_lightning.weights import check_weights
 def mixed_logits(logits: Sequence[Float[Tensor, "*n V"]], weights: Sequence[float]) -> Float[Tensor, "*n V"]:
     """sum_k w_k log softmax(l_k), float32 (float64 of such): logits of the mixture, not normalised.
 
-    A token that a member of positive weight rules out (-inf) is ruled out, whatever the others say. A member of weight
-    zero says nothing.
+    A token that a member rules out (-inf) is ruled out, whatever the others say. A member of weight zero says nothing.
     """
     total: Tensor | None = None
     banned: Tensor | None = None
@@ -32,10 +31,9 @@ def mixed_logits(logits: Sequence[Float[Tensor, "*n V"]], weights: Sequence[floa
             continue
         logp = values.to(torch.promote_types(values.dtype, torch.float32)).log_softmax(-1)
         total = weight * logp if total is None else total + weight * logp
-        if weight > 0:
-            never = logp == -torch.inf
-            banned = never if banned is None else banned | never
-    if total is None or banned is None:
+        never = logp == -torch.inf
+        banned = never if banned is None else banned | never
+    if total is None or banned is None or not any(weight > 0 for weight in weights):
         raise ValueError(f"weights {list(weights)}: a mixture needs a member of positive weight")
     return total.masked_fill(banned, -torch.inf)
 

@@ -57,13 +57,16 @@ class Derived:
                 f"steps.{name}.adapter: the step {step.adapter} trains all weights, and there is no adapter to scale: "
                 f"set lora, or merge models: {{{self.lineage.start(step.adapter)}: ..., {step.adapter}: ...}}"
             )
+        if step.models is not None:
+            self.lineage.members(name)
         try:
             if step.kind == "label" and step.models is None:
                 load_scorer(self._scorer(step))
             # what the members go back to stands for them; a fresh base model is not there yet
             members = step.models if step.kind == "merge" and step.models else ()
             roots = dict.fromkeys(self.lineage.root(member) for member in members)
-            there = [self.lineage.model(root) for root in roots if root != BASE or self.config.model.model]
+            folders = [self.lineage.model(root) for root in roots if root != BASE or self.config.model.model]
+            there = list({Path(folder).resolve(): folder for folder in folders}.values())
             if len(there) > 1:
                 check_alike([open_member(Path(folder), 1.0, self._trusted) for folder in there])
         except (ValueError, FileNotFoundError) as error:
@@ -161,7 +164,8 @@ class Derived:
     def _weigh_by_models(self, name: str, step: StepConfig, pairs: Pairs, data: PreferenceData) -> Weighed:
         reference = self.lineage.model(str(step.reference))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return weigh_by_models(pairs.examples, self.lineage.members(name), reference, data.tokenizer, device)
+        base = {"dtype": self.config.model.dtype, "trust_remote_code": self._trusted}
+        return weigh_by_models(pairs.examples, self.lineage.members(name), reference, data.tokenizer, device, base)
 
     def _scorer(self, step: StepConfig) -> Any:
         return step.scorer or self.config.evaluation.scorer

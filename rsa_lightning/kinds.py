@@ -64,7 +64,7 @@ def check_derived(where: str, step: Any, scorer: Any, trained: Collection[str]) 
 def _check_label(where: str, step: Any, scorer: Any) -> None:
     if where.removeprefix("steps.") in SOURCES:
         raise ValueError(f"{where}: a step of kind label is a source of data, and there is one of this name: rename it")
-    if step.data is None:
+    if not data_names(step):
         raise ValueError(f"{where}.data: name the pairs to label, {' or '.join(SOURCES[1:])}")
     if SOURCES[0] in data_names(step):
         raise ValueError(f"{where}.data: {SOURCES[0]} are no pairs: name {' or '.join(SOURCES[1:])}")

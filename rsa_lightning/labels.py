@@ -95,17 +95,23 @@ def weigh_by_scores(path: Path, lam: float) -> Weighed:
 
 
 def weigh_by_models(
-    examples: Sequence[EncodedPair], models: Mapping[str, float], reference: str, tokenizer: Any, device: str
+    examples: Sequence[EncodedPair],
+    models: Mapping[str, float],
+    reference: str,
+    tokenizer: Any,
+    device: str,
+    options: Mapping[str, Any] | None = None,
 ) -> Weighed:
     """w = sum_k m_k log(pi_k / pi_ref); one model is held at a time.
 
     Args:
         models: folder -> m_k.
         reference: folder of pi_ref.
+        options: of their PolicySpec, such as dtype.
     """
 
     def logps(folder: str) -> Tensor:
-        policy = load_policy(PolicySpec(model=folder)).to(device)
+        policy = load_policy(PolicySpec(model=folder, **(options or {}))).to(device)
         return torch.stack(response_logps(policy, examples, pad_id(tokenizer)))
 
     base = logps(reference)

@@ -44,13 +44,17 @@ class Lineage:
 
     def origin(self, name: str) -> str:
         """The folder of the model that alignment started from: back along `start` to what no alignment step made."""
-        while self._aligned(name):
+        while self._aligned(name) or (name in self.config.steps and not self.config.steps[name].trains):
             name = self.start(name)
         return self.model(name)
 
     def members(self, name: str) -> dict[str, float]:
-        """Model folder -> weight, of a step that combines models."""
-        return {self.model(member): weight for member, weight in self.config.steps[name].models.items()}
+        """Model folder -> weight, of a step that combines models. Raises ValueError where two names are one folder."""
+        given = self.config.steps[name].models
+        found = {self.model(member): weight for member, weight in given.items()}
+        if len(found) < len(given):
+            raise ValueError(f"steps.{name}.models: two of {', '.join(map(str, given))} are one folder: name it once")
+        return found
 
     def _aligned(self, name: str) -> bool:
         """Whether a step, or one of the models it combines, was aligned."""

@@ -59,11 +59,11 @@ def preference_metrics(
     chosen: SequenceStats,
     rejected: SequenceStats,
     terms: PreferenceTerms,
-    soft: Float[Tensor, " P"] | None = None,
+    target: Float[Tensor, " P"] | None = None,
 ) -> dict[str, Tensor]:
     """TRL's names. rewards: beta-scaled nats; logps, kl, risk: nats per response.
 
-    Accuracies are about the chosen response, or, with labels `soft`, about the one that they prefer.
+    Accuracies are about the chosen response, or, with a `target`, about the one that it prefers; ½ prefers none.
     """
     values = {
         "loss": terms.losses,
@@ -75,7 +75,7 @@ def preference_metrics(
     ids = [batch["pair_ids"][batch["roles"] == role] for role in range(2)]
     margins = terms.chosen_rewards[torch.isin(*ids)] - terms.rejected_rewards[torch.isin(*reversed(ids))]
     values["rewards/margins"] = margins  # TRL's name; right where chosen is the preferred response
-    ahead = margins if soft is None else (margins * (soft - 0.5).sign())[soft != 0.5]
+    ahead = margins if target is None else (margins * (target - 0.5).sign())[target != 0.5]
     values["rewards/accuracies"] = (ahead > 0).float() + 0.5 * (ahead == 0).float()  # a tie is half right
     if tokens.kl is not None and chosen.risk is not None and rejected.risk is not None:
         values |= _by_side("kl", per_row(tokens.kl, batch), batch)

@@ -4,6 +4,9 @@ import re
 
 # lines of a jsonargparse message that say how it validates, not what is wrong
 _PARSER_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+_CLASSES = (
+    "losses: DPO, IPO, TDPO, RSA, KTO; risks: KL, CVaR, ERM; cost transforms: MeanCost, Indicator, Hinge, Exponential"
+)
 
 
 def plain_message(error: Exception) -> str:
@@ -11,10 +14,8 @@ def plain_message(error: Exception) -> str:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(_PARSER_NOISE)]
     text = " ".join(lines)
-    text = re.sub(r"Expected a path but (\S+) either not accessible or invalid", r"there is no class \1", text)
-    text = re.sub(
-        r" Expected a dot import path string: \S+", "; losses: DPO, IPO, TDPO, RSA, KTO; risks: KL, CVaR, ERM", text
-    )
+    text = re.sub(r"Expected a path but (\S+) either not accessible or invalid ?", "", text)
+    text = re.sub(r"Expected a dot import path string: (\S+)", rf"there is no class \1; {_CLASSES}", text)
     text = re.sub(r'Parser key "([^"]*)":', r"\1:", text)
     return re.sub(r"Problem with given class_path '(?:[^']*\.)?([^'.]+)':", r"\1:", text)
 

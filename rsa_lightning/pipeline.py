@@ -45,6 +45,7 @@ from rsa_lightning.stages import AlignmentStage, PolicyStage
 from rsa_lightning.steps import (
     CRITERIA,
     check_adapters,
+    check_late,
     early_steps,
     fit_config,
     is_late,
@@ -120,8 +121,8 @@ class Run:
         stages = {name: self._build(name).model for name, step in self.config.steps.items() if step.trains}
         for name, stage in stages.items():
             self._check_policy(name, stage.policy_spec)
-            if is_late(self.config.steps[name], self.config) and not stage.needs_pairs:
-                raise ValueError(f"steps.{name}: labels are of pairs, and {stage.loss!r} rates single responses")
+            if is_late(self.config.steps[name], self.config):
+                check_late(name, stage, self._data_arguments(self.config.steps[name]))
         for name in self.config.steps:
             if name not in stages:
                 self.derived.check(name)
@@ -288,7 +289,7 @@ class Run:
             users = [step for step in steps if source in sources_of(step, self.config.data)[0]]
             if users:
                 options = {**sources_of(users[-1], self.config.data)[1], "source": source}
-                options.pop("relabel", None)  # pairs are judged as their source has labelled them
+                options["relabel"] = None  # pairs are judged as their source has labelled them
                 found[source] = self.data(dataclasses.replace(users[-1], data=options))
         return found
 

@@ -309,7 +309,8 @@ def _check_cost_labels(name: str, step: StepConfig, config: AlignConfig) -> None
     if step.cost_transform is None:
         return
     for source in data_names(step):
-        if source in config.steps and config.steps[source].targets:
+        made = config.steps.get(source)
+        if made is not None and made.kind == "label" and made.targets:
             raise ValueError(
                 f"steps.{name}.cost_transform makes targets, and the pairs of {source} have theirs: set "
                 f"steps.{source}.targets to false, or remove cost_transform"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rsa_lightning.checkpoint import folder_hashes, key_of
+from rsa_lightning.config import merge
 from rsa_lightning.lineage import Lineage, adapter_inputs
 from rsa_lightning.manifest import NAME, Manifest
 from rsa_lightning.plan import AlignConfig
@@ -20,13 +21,8 @@ FILES = ("metrics.csv", "samples.jsonl", "preference.json")  # copied: a logger 
 
 # arguments of a Trainer that show what happens and change nothing
 DISPLAY = ("log_every_n_steps", "logger", "enable_progress_bar", "enable_model_summary", "profiler")
-PLACES = (
-    "path",
-    "validation_path",
-    "evaluation_prompts",
-    "tokenizer",
-    "cache_dir",
-)  # told by the hashes of what they hold
+# arguments of PreferenceData that the hashes of what they hold stand for
+PLACES = ("path", "validation_path", "evaluation_prompts", "tokenizer", "cache_dir")
 
 
 def trained_inputs(
@@ -47,7 +43,7 @@ def trained_inputs(
     """
     step, policy = config.steps[name], lineage.policy(name)
     settings = dataclasses.asdict(step)
-    trainer = {**config.trainer, **settings.pop("trainer")}
+    trainer = merge(config.trainer, settings.pop("trainer"))
     for key in ("start", "reference", "data", "temperature", "lora"):  # resolved below
         settings.pop(key)
     near = [lineage.start(name)] if step.kind == "warmup" else [lineage.start(name), lineage.reference(name)]
@@ -60,6 +56,7 @@ def trained_inputs(
         "data": {
             **{key: value for key, value in data.items() if key not in PLACES},
             "sha256": list(report["sha256"].values()),
+            "examples": report["examples_sha256"],  # what a template file or a reader made of them
         },
         "tokenizer": key_of(folder_hashes(tokenizer)),
         "adapter": None if policy["lora"] is None else adapter_inputs(policy),

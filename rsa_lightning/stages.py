@@ -321,9 +321,9 @@ class AlignmentStage(PolicyStage, abc.ABC):
         # a loss that reads no risk trains without it (two label log-probs per token), and is still measured on it
         risk = None if split == "train" and not self.loss.reads_risk else self.risk
         tokens, chosen, rejected = self.sequence_stats(batch, risk)
-        soft = None if self.labels is None else self.labels.targets(batch)
-        terms = self.loss(chosen, rejected, target=batch["target"] if soft is None else soft, offset=batch["offset"])
-        self._means[split].update(preference_metrics(batch, tokens, chosen, rejected, terms, soft))
+        target = batch["target"] if self.labels is None else self.labels.targets(batch)
+        terms = self.loss(chosen, rejected, target=target, offset=batch["offset"])
+        self._means[split].update(preference_metrics(batch, tokens, chosen, rejected, terms, target))
         return terms.losses.mean()
 
 

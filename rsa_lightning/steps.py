@@ -80,6 +80,22 @@ def early_steps(config: AlignConfig) -> dict[str, StepConfig]:
     return {name: step for name, step in reading.items() if not is_late(step, config)}
 
 
+def check_late(name: str, stage: Any, data: Mapping[str, Any]) -> None:
+    """What can be said early about a step whose data an earlier one makes: its stage, its arguments of PreferenceData.
+
+    Raises:
+        ValueError: the stage rates single responses, or its cost transform needs to know whether 0 means safe.
+    """
+    if not stage.needs_pairs:
+        raise ValueError(f"steps.{name}: labels are of pairs, and {stage.loss!r} rates single responses")
+    labels = getattr(stage, "labels", None)
+    if labels is not None and labels.transform.needs_anchor and not data.get("anchored_costs"):
+        raise ValueError(
+            f"steps.{name}: {labels.transform} needs costs of which 0 means safe: if that is so of the scorer's, set "
+            "data: {source: ..., anchored_costs: true}, else take MeanCost"
+        )
+
+
 def labelled_data(step: StepConfig, config: AlignConfig) -> dict[str, Any]:
     """Arguments of PreferenceData about pairs that steps of the run have labelled; they are split as their sources.
 
@@ -92,8 +108,27 @@ def labelled_data(step: StepConfig, config: AlignConfig) -> dict[str, Any]:
         if len(names) > 1:
             raise ValueError(f"data: {', '.join(names)} have a validation file each, and a step reads one: name one")
         shared["validation_path"] = str(Path(config.output) / names[0] / VALIDATION)
+    if "template" in options:
+        raise ValueError("data.template: labelled pairs are rendered as their source: set it in the step that labels")
     paths = [str(Path(config.output) / name / PAIRS) for name in names]
-    return {"path": paths[0] if len(paths) == 1 else paths, "format": "trl", **shared, **options}
+    return {
+        "path": paths[0] if len(paths) == 1 else paths,
+        "format": "trl",
+        **shared,
+        **_inherited(names, config),
+        **options,
+    }
+
+
+def _inherited(names: Sequence[str], config: AlignConfig) -> dict[str, Any]:
+    """What the steps that label say of their data: the labels are of the tokens that these make."""
+    found: dict[str, Any] = {}
+    for name in names:
+        sources, options = sources_of(config.steps[name], config.data)
+        if len(sources) > 1:  # two criteria may judge one pair, alike or not
+            found["defects"] = {"duplicate": "keep", "contradictory": "keep", **(options.get("defects") or {})}
+        found |= {key: value for key, value in options.items() if key not in (*LABELLED_ALONE, "defects")}
+    return found
 
 
 def adapter_of(step: StepConfig, config: AlignConfig) -> dict[str, Any] | None:

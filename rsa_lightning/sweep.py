@@ -164,7 +164,7 @@ def _point(output: Path, base: Mapping[str, Any], setting: str, values: Mapping[
     if seed is not None:
         config["seed"] = seed
     config["output"] = str(output / "points" / name)
-    # prepared data is found by what it is: points that read the same share it
+    # prepared data is found by path and content: points that read the same files share it
     cache = {"data": {"options": {"cache_dir": str(output / "cache")}}}
     config = merge(cache, config)
     try:

@@ -81,7 +81,8 @@ class Hinge(CostTransform):
     def __post_init__(self) -> None:
         _check_finite("Hinge eta", self.eta)
         if not 0 < self.tail <= 1:
-            raise ValueError(f"Hinge tail is a probability mass in (0, 1], got {self.tail}")
+            mend = f": {self.tail:g} % is {self.tail / 100:g}" if 1 < self.tail <= 100 else ""
+            raise ValueError(f"Hinge tail is a probability mass in (0, 1], got {self.tail}{mend}")
 
     def __call__(self, costs: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return (costs - self.eta).clamp(min=0) / self.tail

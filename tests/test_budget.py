@@ -82,7 +82,8 @@ def test_the_layer_sets_the_temperature_of_its_step(coins, tmp_path):
     """β / λ in digits that give λ back, and a header that says how it was made."""
     path = tmp_path / "layer.yaml"
     dual("--samples", coins, "--budget", 0.25, "--beta", 0.5, "--write", path, "--step", "safe")
-    assert load_file(path) == {"steps": {"safe": {"temperature": pytest.approx(1 / math.log(3), rel=1e-12)}}}
+    step = {"loss": "DPO", "temperature": pytest.approx(1 / math.log(3), rel=1e-12)}
+    assert load_file(path) == {"steps": {"safe": step}}
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert head[0] == budget.MARK
     assert head[1] == f"# Run:  rsa align -c YOUR.yaml -c {path}"
@@ -170,6 +171,25 @@ def test_the_temperature_is_that_of_the_run(tmp_path):
     assert f"{2 * math.log(3):.4g} [" in dual("--samples", path, "--budget", 0.25)[1]
     with pytest.raises(ValueError, match=r"--beta 0.1, but the step step that drew the answers was trained at 2"):
         dual("--samples", path, "--budget", 0.25, "--beta", 0.1)
+
+
+def test_the_step_that_drew_the_answers_knows_its_temperature(tmp_path):
+    """Two reward steps: the samples' own counts. Samples of neither: which one is the user's to say."""
+    path = run_of(tmp_path / "run", "reward", 2.0)
+    manifest = tmp_path / "run/manifest.json"
+    steps = json.loads(manifest.read_text())["steps"] | {"other": {"kind": "reward", "temperature": 0.5}}
+    manifest.write_text(json.dumps({"format": 1, "steps": steps}))
+    assert f"{2 * math.log(3):.4g} [" in dual("--samples", path, "--budget", 0.25)[1]
+    steps["step"] = {"kind": "warmup", "temperature": None}
+    steps["third"] = {"kind": "reward", "temperature": 0.1}
+    manifest.write_text(json.dumps({"format": 1, "steps": steps}))
+    with pytest.raises(ValueError, match=r"reward steps at the temperatures \[0.1, 0.5\]: say which with --beta"):
+        dual("--samples", path, "--budget", 0.25)
+
+
+def test_answers_of_a_safety_step_are_noticed(tmp_path):
+    path = run_of(tmp_path / "run", "safety", 0.1)
+    assert "λ is what is needed on top of it" in dual("--samples", path, "--budget", 0.25)[1]
 
 
 def test_answers_of_the_wrong_step_are_noticed(tmp_path):

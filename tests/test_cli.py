@@ -353,3 +353,14 @@ def test_the_help_of_align_names_every_key_of_a_configuration(capsys):
     assert all(field.name in text for field in dataclasses.fields(AlignConfig))
     assert all(f"data.{field.name}" in text for field in dataclasses.fields(AlignData) if field.name != "stories")
     assert all(field.name in text for kind in (StepConfig, Evaluation) for field in dataclasses.fields(kind))
+
+
+def test_a_misspelt_class_is_named_with_those_there_are(tmp_path, capsys):
+    config = str(Path(__file__).parents[1] / "configs/quickstart.yaml")
+    for key, value in (("loss", "DPQ"), ("cost_transform", "{class_path: Hing, init_args: {eta: 3}}")):
+        options = ("--steps.safety.loss", "DPO", f"--steps.safety.{key}", value, "--output", str(tmp_path / "run"))
+        status, message = rsa("align", "-c", config, *options, capsys=capsys)
+        name = "Hing" if "Hing" in value else value
+        assert status == 1
+        assert f"{key}: there is no class {name}; losses: DPO" in message
+        assert "cost transforms: MeanCost, Indicator, Hinge, Exponential" in message

@@ -62,3 +62,9 @@ def test_another_class_brings_its_own_arguments():
     assert merge(below, other) == other
     same = {"loss": {"class_path": "rsa_lightning.losses.RSA", "init_args": {"detach_chosen_risk": False}}}
     assert merge(below, same)["loss"]["init_args"] == {"risk_weight": 0.3, "detach_chosen_risk": False}
+
+
+def test_two_classes_of_one_name_are_two_classes():
+    below = {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.99]}}
+    assert merge({"o": below}, {"o": {"class_path": "mine.AdamW"}}) == {"o": {"class_path": "mine.AdamW"}}
+    assert merge({"o": below}, {"o": {"class_path": "AdamW"}})["o"]["init_args"] == {"betas": [0.9, 0.99]}

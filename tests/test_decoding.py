@@ -334,3 +334,10 @@ def test_a_file_of_other_weights_is_not_continued(folders, tmp_path):
     ]
     assert json.dumps(headers[0]["model"]) != json.dumps(headers[1]["model"])
     assert headers[0]["prompts"] == headers[1]["prompts"]
+
+
+def test_a_token_that_a_member_of_negative_weight_rules_out_is_ruled_out():
+    """log-ratios to a model that never says a token are infinite: no mixture is left, and no row may become nan."""
+    mine, theirs = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -torch.inf]])
+    found = mixed_logits([mine, theirs], [2.0, -1.0]).softmax(-1)
+    assert found.tolist() == [[0.5, 0.5, 0.0]]

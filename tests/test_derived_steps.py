@@ -1,5 +1,6 @@
 """Steps of `rsa align` that train nothing: merges, mixtures and labels, their numbers, what is reused and refused."""
 
+import dataclasses
 import io
 import json
 import math
@@ -22,6 +23,7 @@ from rsa_lightning.labels import labelled_rows, read_pairs, score_responses, sig
 from rsa_lightning.lineage import Lineage
 from rsa_lightning.pipeline import align
 from rsa_lightning.plan import read_config
+from rsa_lightning.steps import labelled_data
 
 SHAPE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 SGD = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}}
@@ -642,3 +644,35 @@ def test_targets_of_labels_and_of_a_cost_transform_exclude_each_other():
     off = {"l": {**LABEL, "targets": False, "lam": 2.0}}
     with pytest.raises(ValueError, match=r"steps\.l\.targets false adds a scorer's rewards and costs: remove"):
         read_config({"model": {"model": "x"}, "evaluation": {"scorer": "rsa_lightning.stories.score"}, "steps": off})
+
+
+def test_a_safety_step_may_name_the_source_safety():
+    """Its own name is not a step that labels."""
+    step = {"kind": "safety", "data": {"source": "safety"}, "loss": "DPO", "cost_transform": {"class_path": "MeanCost"}}
+    steps = {"safety": step, "tail": {**step, "data": "safety"}}
+    read_config({"model": {"model": "x"}, "data": {"stories": {}}, "steps": steps})
+
+
+def test_labelled_pairs_are_read_as_their_source_was():
+    """Two criteria may rank one pair oppositely; without targets such pairs must not be dropped as contradictory."""
+    label = {**LABEL, "data": {"source": ["helpful", "safety"], "max_length": 90}, "targets": False}
+    steps = {"l": label, "s": {"kind": "safety", "data": "l", "loss": "DPO", "cost_transform": "MeanCost"}}
+    fields = {"evaluation": {"scorer": "rsa_lightning.stories.score"}, "data": {"stories": {}}, "steps": steps}
+    config = read_config({"model": {"model": "x"}, **fields})
+    found = labelled_data(config.steps["s"], config)
+    assert found["defects"] == {"duplicate": "keep", "contradictory": "keep"}
+    assert found["max_length"] == 90
+    with pytest.raises(ValueError, match="labelled pairs are rendered as their source"):
+        labelled_data(dataclasses.replace(config.steps["s"], data={"source": "l", "template": "hh"}), config)
+
+
+def test_an_anchored_transform_needs_a_word_about_the_scorer_before_anything_is_trained(tmp_path):
+    transform = {"class_path": "Indicator", "init_args": {"threshold": 0.0}}
+    steps = {
+        "l": {**LABEL, "targets": False},
+        "s": {"kind": "safety", "data": "l", "loss": "DPO", "cost_transform": transform},
+    }
+    config = merge(RUN, {"output": str(tmp_path / "run"), "steps": dict.fromkeys(RUN["steps"])})
+    with pytest.raises(ValueError, match=r"steps\.s: Indicator.* if that is so of the scorer's, set data"):
+        align(merge(config, {"steps": steps}))
+    assert not (tmp_path / "run").exists()

@@ -107,7 +107,7 @@ ROOMS = {
     "callbacks": ("adapters checkpoint models stages", "lightning"),
     "checkpoint": ("", ""),
     "manifest": ("checkpoint", ""),
-    "sharing": ("checkpoint lineage manifest plan", ""),
+    "sharing": ("checkpoint config lineage manifest plan", ""),
     "config": ("", "yaml"),
     "parsing": ("", ""),
     "evaluation": ("", ""),
@@ -156,7 +156,7 @@ ROOMS = {
         "torch rich",
     ),
     "assess": (
-        "kernels checkpoint data.datamodule data.records data.readers data.tokenize manifest plan stages evaluation.figures "
+        "kernels checkpoint data.datamodule data.records data.readers data.template data.tokenize manifest plan stages evaluation.figures "
         "evaluation.folders evaluation.generate evaluation.preference evaluation.report evaluation.score",
         "torch rich",
     ),

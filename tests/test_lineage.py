@@ -79,3 +79,16 @@ def test_only_a_step_with_an_adapter_quantises_its_weights(lora, expected):
     steps = lineage(quantize="4bit", lora=lora)
     assert steps.policy("warmup")["quantize"] is None
     assert steps.policy("reward")["quantize"] == expected
+
+
+def test_a_mixture_of_models_that_no_step_aligned_is_compared_with_its_first_start():
+    """It has no folder itself, and a merge of folders compared with itself would show a KL of 0 by construction."""
+    mixed = lineage({**STEPS, "m": {"kind": "mix", "models": {"warmup": 0.5, "base": 0.5}}})
+    assert mixed.origin("m") == mixed.model(mixed.start("m")) or mixed.origin("m") == "run/warmup/model"
+    assert mixed.origin("m") != "run/m/model"
+
+
+def test_one_folder_under_two_names_is_refused(tmp_path):
+    steps = {"m": {"kind": "merge", "models": {"base": 2.0, str(tmp_path): -1.0}}}
+    with pytest.raises(ValueError, match=r"steps\.m\.models: two of base, .* are one folder"):
+        lineage(steps, model={"model": str(tmp_path)}).members("m")

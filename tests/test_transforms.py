@@ -176,3 +176,8 @@ def test_saturated_labels_have_another_optimum() -> None:
     exact = 0.35 * 19**-1 / (0.65 + 0.35 * 19**-1)  # exp(−(λ/β) ln(19)/4) with λ/β = 4
     assert unsafe[4.0] == pytest.approx(exact, abs=1e-7)
     assert exact == pytest.approx(0.0276, abs=1e-4)
+
+
+def test_a_share_in_percent_is_told_how_to_write_it():
+    with pytest.raises(ValueError, match=r"Hinge tail is a probability mass in \(0, 1\], got 5: 5 % is 0\.05"):
+        Hinge(eta=3.0, tail=5)

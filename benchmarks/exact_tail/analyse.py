@@ -83,22 +83,24 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     if not values:
         return {"worlds": 0}
     ordered = sorted(values)
-    low, high = median_interval(len(ordered))
+    interval = median_interval(len(ordered))
     return {
         "median": statistics.median(ordered),
-        "low": ordered[low],
-        "high": ordered[high],
+        "low": None if interval is None else ordered[interval[0]],
+        "high": None if interval is None else ordered[interval[1]],
         "worlds": len(ordered),
         "lighter": sum(value < -EQUAL for value in ordered),
         "values": [round(value, 4) for value in values],
     }
 
 
-def median_interval(count: int) -> tuple[int, int]:
-    """Places of the sorted values between which the median of the law lies with probability ≥ 0.95, or the extremes.
+def median_interval(count: int) -> tuple[int, int] | None:
+    """Places of the sorted values between which the median of the law lies with probability ≥ 0.95; None below six.
 
     P(fewer than k of n values are below the median) is binomial with ½ (David & Nagaraja 2003, section 7.1).
     """
+    if count < 6:
+        return None
     low = 0
     while 2 * sum(math.comb(count, k) for k in range(low + 2)) / 2**count <= 0.05:
         low += 1
@@ -151,7 +153,8 @@ def table(found: Mapping[str, Any], how: str, lam: float) -> str:
 def _percent(cell: Mapping[str, Any]) -> str:
     if not cell["worlds"]:
         return ""
-    return f"{100 * cell['median']:+.0f} % [{100 * cell['low']:+.0f}, {100 * cell['high']:+.0f}]"
+    interval = "" if cell["low"] is None else f" [{100 * cell['low']:+.0f}, {100 * cell['high']:+.0f}]"
+    return f"{100 * cell['median']:+.0f} %{interval}"
 
 
 def _plain(cell: Mapping[str, Any]) -> str:

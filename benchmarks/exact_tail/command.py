@@ -112,7 +112,8 @@ def report(found: dict[str, Any]) -> str:
         "# Exact tails",
         f"Written by `{found['command']}`: {found['worlds']} random worlds, vocabulary 6, length 3, 2 prompts, "
         f"β = {found['beta']:g}. Every method beside the SACPO that is equal in the sense of the heading, where that "
-        "SACPO's multiplier is as said: medians over worlds with a 95 % interval for the median (order statistics). "
+        "SACPO's multiplier is as said: medians over worlds with a 95 % interval for the median (order statistics), "
+        "from six worlds. "
         "Below zero is lighter; 100 % of a CVaR would make the tail as safe as the safest response (cost −1).",
     ]
     for how in MATCHES:
@@ -139,7 +140,8 @@ def _support_table(found: dict[str, Any]) -> str:
         for share, cell in cells.items():
             five = cell["cvar5"]
             if five["worlds"]:
-                change = f"{five['median']:+.2f} [{five['low']:+.2f}, {five['high']:+.2f}]"
+                known = five["low"] is not None
+                change = f"{five['median']:+.2f}" + (f" [{five['low']:+.2f}, {five['high']:+.2f}]" if known else "")
                 rows.append(f"| {name} | {share} | {change} | {cell['cost']['median']:+.2f} | {five['worlds']} |")
             else:
                 rows.append(f"| {name} | {share} | does not reach | | 0 |")

@@ -1,5 +1,6 @@
 """Pictures of exact_tail.json: frontiers of one world, and differences over all of them."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,20 +66,29 @@ def _three_panels(cells: Mapping[str, Any], colours: Mapping[str, str], path: Pa
         for place, name in enumerate(cells):
             cell = cells[name][how][str(lam)]["cvar5"]
             if cell["worlds"]:
-                _spread(ax, place, cell, colours[name])
+                _spread(ax, place, cell, colours[name], widest)
         ax.axvline(0, color="#444444", linewidth=1)
         ax.set(title=title, xlim=(-widest, widest))
     axes[0].set_yticks(range(len(cells)), list(cells))
     axes[0].invert_yaxis()
-    figure.supxlabel("change of CVaR 5 %, percent of what the plain policy's lies above the safest cost", fontsize=11)
+    figure.supxlabel(
+        f"lighter ←  CVaR 5 % against SACPO at λ = {lam:g}, in percent of SACPO's above the safest cost  → heavier\n"
+        "diamonds: medians, with a 95 % interval from six worlds; triangles: beyond the axis; empty rows: not reached",
+        fontsize=10,
+    )
     figure.savefig(path)
     pyplot.close(figure)
     return path
 
 
-def _spread(ax: Any, place: int, cell: Mapping[str, Any], colour: str) -> None:
+def _spread(ax: Any, place: int, cell: Mapping[str, Any], colour: str, widest: int) -> None:
     values = [100 * value for value in cell["values"]]
     ax.plot(values, [place] * len(values), "o", color=colour, markersize=3, alpha=0.35)
-    low, middle, high = (100 * cell[key] for key in ("low", "median", "high"))
-    ax.plot([low, high], [place, place], color=colour, linewidth=2)
-    ax.plot([middle], [place], "D", color=colour, markersize=5)
+    if cell["low"] is not None:
+        ax.plot([100 * cell["low"], 100 * cell["high"]], [place, place], color=colour, linewidth=2)
+    middle = 100 * cell["median"]
+    if abs(middle) > widest:
+        ax.plot([math.copysign(0.97 * widest, middle)], [place], ">" if middle > 0 else "<", color=colour, markersize=6)
+        return
+    filled = colour if cell["low"] is not None else "white"
+    ax.plot([middle], [place], "D", color=colour, markerfacecolor=filled, markersize=5)

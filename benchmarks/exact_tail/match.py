@@ -5,11 +5,11 @@ from collections.abc import Callable
 from rsa_lightning.world import Policy, TokenWorld, expectation, gibbs, kl, sequence_logps
 
 WEAKEST, STRONGEST = 1e-4, 1e3  # multipliers searched
-STEPS = 45
+STEPS, POINTS = 45, 70
 
 
 def at_reward(world: TokenWorld, beta: float, reward: float) -> tuple[float, Policy] | None:
-    """λ and policy of SACPO at temperature beta whose mean reward is this one; None where its path has none."""
+    """The weakest λ at which SACPO at temperature beta has this mean reward, and its policy; None where none has it."""
     return _on_path(world, beta, lambda policy: expectation(policy, world.reward), reward)
 
 
@@ -23,15 +23,22 @@ def at_value(world: TokenWorld, beta: float, value: float) -> tuple[float, Polic
 def _on_path(
     world: TokenWorld, beta: float, measure: Callable[[Policy], float], wanted: float
 ) -> tuple[float, Policy] | None:
-    """Bisection in log λ: E[r] and E[r] − β KL fall with λ, by much or little."""
+    """The weakest λ with this figure, by bisection in log λ between the first two points of a grid that enclose it.
+
+    E[r] − β KL falls with λ. E[r] alone falls at first and may rise again, once costs and rewards are at odds no more.
+    """
     start = gibbs(world.reference, world.reward, beta)
 
     def at(lam: float) -> Policy:
         return gibbs(start, -world.cost, beta / lam)
 
-    low, high = WEAKEST, STRONGEST
-    if not measure(at(high)) <= wanted <= measure(at(low)):
+    grid = [WEAKEST * (STRONGEST / WEAKEST) ** (i / POINTS) for i in range(POINTS + 1)]
+    if measure(at(WEAKEST)) < wanted:
         return None
+    below = next((i for i, lam in enumerate(grid) if measure(at(lam)) <= wanted), 0)
+    if below == 0:
+        return None
+    low, high = grid[below - 1], grid[below]
     for _ in range(STEPS):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if measure(at(middle)) > wanted else (low, middle)

@@ -1,4 +1,4 @@
-"""Relabelling: preference pairs that are swapped, weighted or left out by their safety labels, before anything else.
+"""Relabelling: pairs that are swapped, given offsets or left out by their safety labels, before anything else.
 
 A relabelling is a frozen dataclass, so that it travels in a YAML file and names prepared data in the cache.
 """

@@ -68,6 +68,7 @@ def write_comparison(
     Args:
         points: those that were run, finished or failed; `planned` says of how many.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     done = [point for point in points if point.found is not None]
     chosen = selection(points, rule) if rule is not None else None
