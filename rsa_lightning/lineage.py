@@ -44,7 +44,11 @@ class Lineage:
 
     def origin(self, name: str) -> str:
         """The folder of the model that alignment started from: back along `start` to what no alignment step made."""
-        while self._aligned(name) or (name in self.config.steps and not self.config.steps[name].trains):
+        if name in self.config.steps and not self.config.steps[name].trains and not self._aligned(name):
+            return self.model(
+                self.start(name)
+            )  # of models as they came: compared with the first of them, not with itself
+        while self._aligned(name):
             name = self.start(name)
         return self.model(name)
 

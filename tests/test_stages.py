@@ -157,7 +157,8 @@ def test_a_step_by_hand(split, tiny_llama, tiny_tokenizer, tmp_path):
     expected = {
         "loss": fmean(losses),
         "rewards/margins": fmean(margins),
-        "rewards/accuracies": fmean(margin > 0 for margin in margins),
+        # of the response that the target prefers: in the first pair the rejected one
+        "rewards/accuracies": fmean((margin > 0) == (t > 0.5) for margin, t in zip(margins, targets, strict=True)),
     }
     for name, values in {"rewards": rewards, "logps": logps, "kl": kls, "risk": risks}.items():
         expected |= {f"{name}/chosen": fmean(values[:3]), f"{name}/rejected": fmean(values[3:])}
