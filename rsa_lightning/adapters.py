@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rsa_lightning.parsing import first_line
@@ -86,10 +87,11 @@ def check_adapters(model: PreTrainedModel, frozen: Sequence[str], lora: Lora) ->
     _stack(model, frozen, lora, seed=0)
 
 
-def add_adapters(model: PreTrainedModel, frozen: Sequence[str], lora: Lora, seed: int) -> None:
+def add_adapters(model: PreTrainedModel, frozen: Sequence[str], lora: Lora, seed: int, *, weights: bool = True) -> None:
     """Freezes the model and puts adapters on it, in place: frozen ones from folders, then the one to train.
 
-    Adapter weights are float32 whatever the model's dtype; fresh ones are drawn with `seed`.
+    Adapter weights are float32 whatever the model's dtype; fresh ones are drawn with `seed`. A model on the meta device
+    takes none (`weights`).
 
     Raises:
         ImportError: peft is not installed.
@@ -98,8 +100,8 @@ def add_adapters(model: PreTrainedModel, frozen: Sequence[str], lora: Lora, seed
     """
     _use_training_kernels(model)
     saved = _stack(model, frozen, lora, seed)
-    for place, (name, weights) in enumerate(saved.items()):
-        _peft().set_peft_model_state_dict(model, weights, adapter_name=name)
+    for place, (name, tensors) in enumerate(saved.items() if weights else ()):
+        _peft().set_peft_model_state_dict(model, tensors, adapter_name=name)
         if place == 0:  # those above it were trained on the model with the ones below merged
             _warn_of_another_base(model, name)
     for name, parameter in model.named_parameters():
@@ -178,7 +180,9 @@ def base_fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         if not parameter.requires_grad:
-            flat = parameter.detach().reshape(-1)
+            # a sharded weight is gathered, so that the hash does not depend on the number of processes
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            flat = whole.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes())

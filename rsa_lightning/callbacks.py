@@ -7,7 +7,9 @@ import lightning as L
 
 from rsa_lightning.adapters import CONFIG
 from rsa_lightning.checkpoint import check_replaceable
-from rsa_lightning.models import PolicySpec, save_adapter, save_policy
+from rsa_lightning.models import PolicySpec
+from rsa_lightning.saving import save_adapter, save_policy, whole
+from rsa_lightning.sharding import is_sharded
 from rsa_lightning.stages import PolicyStage
 
 log = logging.getLogger(__name__)
@@ -54,13 +56,16 @@ class ModelExport(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, PolicyStage)
         assert pl_module.policy is not None
-        folder = self._folder(trainer)
+        folder, tokenizer = self._folder(trainer), trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        policy = pl_module.policy
+        if is_sharded(policy):
+            policy = whole(policy, tokenizer)  # by all processes
         if trainer.is_global_zero:
             folder.parent.mkdir(parents=True, exist_ok=True)
             if self.merge:
-                save_policy(pl_module.policy, trainer.datamodule.tokenizer, folder)  # type: ignore[attr-defined]
-            if pl_module.policy.adapted:
-                save_adapter(pl_module.policy, folder.with_name("adapter"), base_of(pl_module.policy_spec))
+                save_policy(policy, tokenizer, folder)
+            if policy.adapted:
+                save_adapter(policy, folder.with_name("adapter"), base_of(pl_module.policy_spec))
             log.info("model: %s", folder if self.merge else folder.with_name("adapter"))
 
     def _folder(self, trainer: L.Trainer) -> Path:

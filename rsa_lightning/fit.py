@@ -10,15 +10,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # imported so that configurations can name their classes without a module path
-from rsa_lightning import callbacks, legacy, losses, reference, supervised, transforms  # noqa: F401
+from rsa_lightning import callbacks, legacy, losses, reference, strategy, supervised, transforms  # noqa: F401
 from rsa_lightning.config import load_file, parse
 from rsa_lightning.data.datamodule import PreferenceData, tokenizer_of
 from rsa_lightning.models import check_spec
 from rsa_lightning.stages import PolicyStage
 
 CHECKPOINT_NAMES = ("last", "best", "hpc")  # what Lightning finds by itself
-# the data module shards by rank itself; Lightning must not wrap its sampler
-TRAINER_DEFAULTS: dict[str, Any] = {"use_distributed_sampler": False}
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # the data module shards by rank itself; Lightning must not wrap its sampler
+    "use_distributed_sampler": False,
+    # weights that FSDP2 gathers for the first time in inference mode could not be trained with afterwards
+    "inference_mode": False,
+}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -87,6 +91,7 @@ class FitCLI(LightningCLI):
             super().instantiate_classes()
         except MisconfigurationException as error:  # of arguments of the trainer; its own words name them
             raise ValueError(f"trainer: {error}") from error
+        strategy.check_strategy(self.trainer.strategy)
         self.model.check_precision(self.trainer.precision)
 
     def before_fit(self) -> None:

@@ -27,7 +27,8 @@ from rsa_lightning.checkpoint import check_replaceable, folder_hashes, replaced_
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.hub import WORDS
 from rsa_lightning.members import INDEX, WHOLE, Member, Reader, Stored, check_alike, open_member
-from rsa_lightning.models import PolicySpec, load_policy, save_policy
+from rsa_lightning.models import PolicySpec, load_policy
+from rsa_lightning.saving import save_policy
 from rsa_lightning.weights import check_weights, shown
 
 log = logging.getLogger(__name__)

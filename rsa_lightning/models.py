@@ -1,6 +1,7 @@
-"""Policies: the only file that knows Hugging Face models. Loads, checks, owns the head, saves."""
+"""Policies: the only file that knows Hugging Face models. Loads, checks, owns the head."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -18,12 +19,9 @@ from rsa_lightning.adapters import (
     add_adapters,
     check_adapters,
     has_adapter,
-    merged,
     mistaken_for_a_model,
     quantization,
-    write_adapter,
 )
-from rsa_lightning.checkpoint import check_replaceable, replaced_whole
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.parsing import first_line
 
@@ -160,11 +158,26 @@ class Policy(nn.Module):
             _check_head(model, head, scale, softcap)
         model.set_output_embeddings(RiskHead.wrap(head, scale, softcap))
         self.model = model
+        self.spec: PolicySpec | None = None  # what it was loaded from
         self.adapted = has_adapter(model)  # an adapter is trained, and the model below it frozen
 
     @property
     def head(self) -> RiskHead:
         return self.model.get_output_embeddings()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":
+        """Buffers that no state dict holds, rotary frequencies, keep their precision: in bfloat16 positions blur."""
+        before = [
+            (module, name, module._buffers[name])
+            for module in self.modules()
+            for name in module._non_persistent_buffers_set
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in before:
+            moved = module._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(moved.device)
+        return self
 
     def check_length(self, tokens: int) -> None:
         """Raises ValueError where sequences of this many tokens have positions the model does not know."""
@@ -176,7 +189,13 @@ class Policy(nn.Module):
             )
 
     def states(self, batch: PreferenceBatch) -> Float[Tensor, "N H"]:
-        """Hidden states that predict the N response tokens of the batch."""
+        """Hidden states that predict the N response tokens of the batch, for callers that need no head.
+
+        Sharded, it is a forward of its own, which gathers the weights; `forward` therefore does not call it.
+        """
+        return self._states(batch)
+
+    def _states(self, batch: PreferenceBatch) -> Float[Tensor, "N H"]:
         mask = batch["attention_mask"]
         # causal attention never reads padding on the right; without a mask it is faster, a tenth of a step on a CPU
         given = (
@@ -196,7 +215,7 @@ class Policy(nn.Module):
 
         Without a reference only `logp` means anything, and `risk` must be None.
         """
-        return self.head(self.states(batch), batch["labels"], reference, risk, **options)
+        return self.head(self._states(batch), batch["labels"], reference, risk, **options)
 
 
 def check_spec(spec: PolicySpec, like: PolicySpec | None = None) -> None:
@@ -214,8 +233,11 @@ def check_spec(spec: PolicySpec, like: PolicySpec | None = None) -> None:
     quantization(spec.quantize, torch.float32)
 
 
-def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = None) -> Policy:
+def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = None, *, weights: bool = True) -> Policy:
     """Builds the policy on the CPU; a quantised one on the current GPU where there is one.
+
+    Args:
+        weights: false builds it on the meta device, where nothing is read or drawn, for weights that come later.
 
     Raises:
         FileNotFoundError: no such folder, or no safetensors weights in it.
@@ -224,7 +246,10 @@ def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = No
         ImportError: peft or bitsandbytes is needed and not installed.
     """
     check_spec(spec)
-    model = _from_folder(spec) if spec.model is not None else _from_config(spec, tokenizer)
+    if not weights:
+        model = _without_weights(spec, tokenizer)
+    else:
+        model = _from_folder(spec) if spec.model is not None else _from_config(spec, tokenizer)
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if tokenizer is not None and len(tokenizer) > rows:
         raise ValueError(
@@ -232,52 +257,10 @@ def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = No
             "Use the tokenizer that belongs to the model"
         )
     if spec.lora is not None:
-        add_adapters(model, spec.adapters, spec.lora, spec.seed)
-    return Policy(model)
-
-
-def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes a Hugging Face folder that plain transformers loads; it appears whole or not at all.
-
-    Adapters are merged in, in float32, and in memory nothing changes. An earlier model in `folder` is replaced.
-
-    Raises:
-        ValueError: the folder holds something that is no model.
-        FloatingPointError: a weight is not finite; nothing is written.
-    """
-    check_replaceable(Path(folder))
-    _check_finite(policy)
-    model, weights = merged(policy.model) if policy.adapted else (policy.model, None)
-    config = model.generation_config
-    if config is not None:
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-    with replaced_whole(Path(folder)) as partial:
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-
-
-def save_adapter(policy: Policy, folder: str | Path, base: str | None = None) -> None:
-    """Writes the trained adapter as a folder that peft loads onto `base`; it appears whole or not at all.
-
-    Of a stack only the trained adapter is written: it is relative to the base with the frozen adapters on.
-
-    Raises:
-        ValueError: the policy has no adapter, or the folder holds something else.
-        FloatingPointError: a weight is not finite; nothing is written.
-    """
-    check_replaceable(Path(folder), CONFIG, "adapter")
-    if not policy.adapted:
-        raise ValueError("the policy was trained without policy.lora, so there is no adapter to save")
-    _check_finite(policy)
-    with replaced_whole(Path(folder)) as partial:
-        write_adapter(policy.model, partial, base)
-
-
-def _check_finite(policy: Policy) -> None:
-    for name, parameter in policy.named_parameters():
-        if not parameter.isfinite().all():
-            raise FloatingPointError(f"the weight {name} is not finite, so nothing was saved: lower the learning rate")
+        add_adapters(model, spec.adapters, spec.lora, spec.seed, weights=weights)
+    policy = Policy(model)
+    policy.spec = spec
+    return policy
 
 
 def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
@@ -296,16 +279,16 @@ def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None) ->
         ) from error
 
 
-def _without_weights(spec: PolicySpec) -> PreTrainedModel:
+def _without_weights(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
     """A model of this architecture on the meta device."""
     if spec.model is None:
         with torch.device("meta"):
-            return _from_config(spec, None)
+            return _from_config(spec, tokenizer)
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(spec.model, revision=spec.revision, **options)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **options)
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype), **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(spec.model, error) from error
 

@@ -37,9 +37,10 @@ from rsa_lightning.kinds import SOURCES
 from rsa_lightning.labels import check_pairs
 from rsa_lightning.lineage import Lineage, local
 from rsa_lightning.manifest import Manifest
-from rsa_lightning.models import PolicySpec, check_spec, load_policy, save_policy
+from rsa_lightning.models import PolicySpec, check_spec, load_policy
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.plan import BASE, AlignConfig, StepConfig, read_config
+from rsa_lightning.saving import save_policy
 from rsa_lightning.sharing import take_over, trained_inputs
 from rsa_lightning.stages import AlignmentStage, PolicyStage
 from rsa_lightning.steps import (

@@ -2,25 +2,37 @@
 
 import abc
 import copy
+from collections.abc import Callable
 from typing import final
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from rsa_lightning.adapters import adapter_off
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
+from rsa_lightning.sharding import is_sharded
 
 # max |log policy - log reference|, nats per token, on the first batch: the same weights differ by rounding only
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 STEP0_TOLERANCE_LOW_PRECISION = 1e-2
 
 
+def load_frozen(spec: PolicySpec) -> Policy:
+    """A policy that is not trained, on one device."""
+    return load_policy(spec).requires_grad_(False).eval()
+
+
 class Reference(abc.ABC):
     """Gives hidden states and a head for any batch: the whole reference distribution is known at every token."""
 
     @abc.abstractmethod
-    def prepare(self, policy: Policy) -> None:
-        """Loads what is needed, once, before the policy's first update. Calling it again does nothing."""
+    def prepare(self, policy: Policy, load: Callable[[PolicySpec], Policy] = load_frozen) -> None:
+        """Loads what is needed, once, before the policy's first update. Calling it again does nothing.
+
+        Args:
+            load: gives the frozen policy of a specification, sharded where `policy` is.
+        """
 
     @abc.abstractmethod
     def place(self, policy: Policy) -> None:
@@ -49,31 +61,38 @@ class FrozenCopy(Reference):
     def __repr__(self) -> str:
         return f"FrozenCopy({self.model or 'the policy as it started'})"
 
-    def prepare(self, policy: Policy) -> None:
+    def prepare(self, policy: Policy, load: Callable[[PolicySpec], Policy] = load_frozen) -> None:
         if self._policy is not None:
             return
-        if self.model is None:
-            frozen = copy.deepcopy(policy)
-        else:
-            frozen = load_policy(PolicySpec(model=self.model, **self._load))  # type: ignore[arg-type]
+        if self.model is not None:
+            frozen = load(PolicySpec(model=self.model, **self._load))  # type: ignore[arg-type]
             mine, theirs = policy.head.out_features, frozen.head.out_features
             if mine != theirs:
                 raise ValueError(
                     f"vocabulary mismatch: the policy has {mine} logits, the reference {self.model} has {theirs}"
                 )
+        elif is_sharded(policy):  # no copy can be made of it, but what it was loaded from is still there
+            assert policy.spec is not None
+            frozen = load(policy.spec)
+        else:
+            frozen = copy.deepcopy(policy)
         self._policy = frozen.requires_grad_(False).eval()
 
     def place(self, policy: Policy) -> None:
         assert self._policy is not None, "prepare() comes first"
-        # a copy with adapters has their dtype beside the model's, and keeps both
-        dtype = None if self._policy.adapted else policy.head.weight.dtype
+        dtype: torch.dtype | None = policy.head.weight.dtype
+        # a copy with adapters has their dtype beside the model's; a sharded one is held in what its forward computes in
+        kept = self._policy.adapted or (is_sharded(self._policy) and dtype == torch.float32)
+        dtype = None if kept else dtype
         self._policy.to(device=policy.head.weight.device, dtype=dtype)
 
     @torch.no_grad()
     def states(self, batch: PreferenceBatch) -> ReferenceStates:
         assert self._policy is not None, "prepare() comes first"
-        head = self._policy.head
-        return ReferenceStates(self._policy.states(batch), head.weight, head.bias, head.scale, head.softcap)
+        hidden, head = self._policy.states(batch), self._policy.head
+        if isinstance(head, FSDPModule):
+            head.unshard()  # and it stays so: the operator's backward reads it again
+        return ReferenceStates(hidden, head.weight, head.bias, head.scale, head.softcap)
 
 
 @final
@@ -90,7 +109,7 @@ class AdapterOff(Reference):
     def __repr__(self) -> str:
         return "AdapterOff()"
 
-    def prepare(self, policy: Policy) -> None:
+    def prepare(self, policy: Policy, load: Callable[[PolicySpec], Policy] = load_frozen) -> None:
         if not policy.adapted:
             raise ValueError(
                 "the reference AdapterOff is the policy without its adapter, and this policy has none: set policy.lora "

@@ -4,6 +4,7 @@ import abc
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar, Literal, cast, final
 
 import lightning as L
@@ -22,6 +23,7 @@ from rsa_lightning.metrics import WeightedMeans, per_row, preference_metrics
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.optim import Schedule
 from rsa_lightning.reference import Reference, check_continued, check_start, start_of
+from rsa_lightning.strategy import FSDP2
 from rsa_lightning.temperatures import Parametrization, resolve_temperature
 from rsa_lightning.transforms import CostTransform
 
@@ -61,8 +63,15 @@ class PolicyStage(L.LightningModule, abc.ABC):
     def configure_model(self) -> None:
         if self.policy is None:
             data = getattr(self.trainer, "datamodule", None)
-            self.policy = load_policy(self.policy_spec, getattr(data, "tokenizer", None)).train()
+            self.policy = self._load(self.policy_spec).train()
             self.policy.check_length(data.lengths.max_length if data else 0)
+
+    def _load(self, spec: PolicySpec, *, frozen: bool = False) -> Policy:
+        """A policy on one device, or sharded over those of the trainer."""
+        tokenizer, strategy = getattr(self.trainer.datamodule, "tokenizer", None), self.trainer.strategy  # type: ignore[attr-defined]
+        if isinstance(strategy, FSDP2):
+            return strategy.load(spec, tokenizer, frozen=frozen)
+        return load_policy(spec, tokenizer)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(list(self._trainable().values()))
@@ -113,8 +122,9 @@ class PolicyStage(L.LightningModule, abc.ABC):
         """Raises ValueError where the checkpoint is not of this adapter, or of another model below it."""
         if self.policy_spec.lora is None:
             return
-        for name in sorted(self._trainable().keys() ^ checkpoint["state_dict"].keys()):
-            where = "no trained parameter here" if name in checkpoint["state_dict"] else "missing in the checkpoint"
+        found = checkpoint.get("state_dict", self._trainable())  # that of a sharded checkpoint is read by the strategy
+        for name in sorted(self._trainable().keys() ^ found.keys()):
+            where = "no trained parameter here" if name in found else "missing in the checkpoint"
             raise ValueError(
                 f"the checkpoint is of another adapter: {name} is {where}. Resume with the policy it was trained with"
             )
@@ -242,7 +252,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
     def configure_model(self) -> None:
         super().configure_model()
         assert self.policy is not None
-        self.reference.prepare(self.policy)
+        self.reference.prepare(self.policy, partial(self._load, frozen=True))
 
     def on_fit_start(self) -> None:
         assert self.policy is not None
@@ -279,7 +289,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
         self.policy.eval()
         tokens = self.policy(batch, self.reference.states(batch), None, impl=self.impl)
         self.policy.train()
-        gap = tokens.logratio.abs().max().item() if tokens.logp.numel() else 0.0
+        gap = tokens.logratio.abs().max() if tokens.logp.numel() else tokens.logp.new_zeros(())
+        gap = cast(Tensor, self.all_gather(gap)).max().item()  # all processes stop, or none
         check_start(gap, self.policy.head.weight.dtype, self.policy_spec, self.reference)
 
     def sequence_stats(

@@ -89,22 +89,25 @@ ROOMS = {
     ),
     "adapters": ("parsing", "torch transformers safetensors peft"),
     "models": (
-        "kernels adapters checkpoint data.batch parsing",
+        "kernels adapters data.batch parsing",
         "torch transformers safetensors jaxtyping",
     ),
     "weights": ("", ""),
     "decoding": ("weights", "torch transformers jaxtyping"),
     "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
-    "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
-    "reference": ("adapters models data.batch", "torch"),
+    "merge": ("adapters checkpoint data.tokenize hub members models saving weights", "torch safetensors"),
+    "reference": ("adapters models sharding data.batch", "torch"),
+    "sharding": ("models", "torch"),
+    "strategy": ("models parsing sharding", "torch lightning transformers"),
+    "saving": ("adapters checkpoint models sharding", "torch transformers"),
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "stages": (
-        "kernels adapters cost_labels data.batch losses metrics models optim reference temperatures transforms",
+        "kernels adapters cost_labels data.batch losses metrics models optim reference strategy temperatures transforms",
         "torch lightning jaxtyping",
     ),
     "supervised": ("kernels data.batch models optim stages", "torch"),
-    "callbacks": ("adapters checkpoint models stages", "lightning"),
+    "callbacks": ("adapters checkpoint models saving sharding stages", "lightning"),
     "checkpoint": ("", ""),
     "manifest": ("checkpoint", ""),
     "sharing": ("checkpoint config lineage manifest plan", ""),
@@ -132,7 +135,7 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config legacy losses models reference supervised stages transforms data.datamodule",
+        "callbacks config legacy losses models reference strategy supervised stages transforms data.datamodule",
         "lightning",
     ),
     "evaluation.comparison": (
@@ -162,7 +165,7 @@ ROOMS = {
     ),
     "pipeline": (
         "assess checkpoint data.datamodule data.formats data.readers data.tokenize derived fit hub kinds labels lineage manifest "
-        "models parsing plan sharing stages steps stories",
+        "models parsing plan saving sharing stages steps stories",
         "lightning rich",
     ),
     "budget": (

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rsa_lightning.data.batch import collate
 from rsa_lightning.data.records import PreferencePair
 from rsa_lightning.data.tokenize import Lengths, encode_records, pad_id
-from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy, save_policy
+from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
 from rsa_lightning.reference import FrozenCopy
+from rsa_lightning.saving import save_policy
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = {

@@ -8,8 +8,9 @@ from rsa_lightning.adapters import TRAINABLE, Lora
 from rsa_lightning.data.batch import collate
 from rsa_lightning.data.records import PreferencePair
 from rsa_lightning.data.tokenize import Lengths, encode_records, pad_id
-from rsa_lightning.models import PolicySpec, load_policy, save_policy
+from rsa_lightning.models import PolicySpec, load_policy
 from rsa_lightning.reference import AdapterOff, FrozenCopy
+from rsa_lightning.saving import save_policy
 from rsa_lightning.stages import SafetyAlignment
 from rsa_lightning.supervised import SupervisedWarmup
 

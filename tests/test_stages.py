@@ -19,9 +19,10 @@ from rsa_lightning.data.records import PreferencePair, RatedResponse
 from rsa_lightning.data.relabel import SafeDPO
 from rsa_lightning.data.tokenize import Lengths, encode_records, pad_id
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, TDPO
-from rsa_lightning.models import PolicySpec, save_policy
+from rsa_lightning.models import PolicySpec
 from rsa_lightning.optim import Schedule
 from rsa_lightning.reference import FrozenCopy
+from rsa_lightning.saving import save_policy
 from rsa_lightning.stages import RewardAlignment, SafetyAlignment
 from rsa_lightning.supervised import SupervisedWarmup
 from rsa_lightning.transforms import Exponential, Hinge, Indicator, MeanCost

@@ -1,0 +1,255 @@
+"""Lightning's door to FSDP2: data parallel over every process, checkpoints in shards."""
+
+import logging
+import os
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies.fsdp import FSDPStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedTokenizerBase
+
+from rsa_lightning.models import Policy, PolicySpec, load_policy
+from rsa_lightning.parsing import first_line
+from rsa_lightning.sharding import Sharding, fill, set_gradient_sync, shard
+
+log = logging.getLogger(__name__)
+
+META = "meta.pt"  # the part of a checkpoint that is not sharded; the name is Lightning's
+
+
+class FSDP2(ModelParallelStrategy):
+    """Weights, gradients and optimizer states sharded over all processes; each process trains on pairs of its own.
+
+    The first process reads a model and hands each its shard; no other holds all of it. The frozen reference is sharded
+    like the policy, with `trainer.precision` bf16-mixed in bfloat16; the policy then computes in bfloat16, reduces
+    gradients in float32 and keeps float32 weights.
+
+    Args:
+        replicas: copies of the sharded model (HSDP): 1 shards over all processes; the number of nodes shards within a
+            node and reduces gradients between nodes.
+        activation_checkpointing: compute the activations of a block again in backward instead of keeping them.
+        cpu_offload: keep weights, gradients and optimizer states in the memory of the host.
+        compile: torch.compile each block.
+        reshard_after_forward: free a block's weights after its forward and gather them again in backward; false keeps
+            them, which costs the memory of the model and saves a third of the communication.
+        reduce_every_microbatch: with accumulate_grad_batches, reduce gradients after each batch of a step instead of
+            the last alone: the unreduced ones take the memory of the whole model.
+        save_distributed_checkpoint: write checkpoints as folders of shards, which resume on any number of processes;
+            false gathers them into one file.
+        timeout_minutes: how long processes wait for one another.
+    """
+
+    def __init__(
+        self,
+        replicas: int = 1,
+        activation_checkpointing: bool = False,
+        cpu_offload: bool = False,
+        compile: bool = False,
+        reshard_after_forward: bool = True,
+        reduce_every_microbatch: bool = False,
+        save_distributed_checkpoint: bool = True,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        if replicas < 1:
+            raise ValueError(f"strategy.replicas is a number of copies of the model, at least 1, got {replicas}")
+        super().__init__(
+            data_parallel_size=1,  # set from the world once it is known, never automatically
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        self.replicas, self.reduce_every_microbatch = replicas, reduce_every_microbatch
+        self._options = {
+            "activation_checkpointing": activation_checkpointing,
+            "cpu_offload": cpu_offload,
+            "compile": compile,
+            "reshard_after_forward": reshard_after_forward,
+        }
+
+    # ---------------------------------------------------------------- processes
+
+    def setup_environment(self) -> None:
+        # not super(): it would set up a mesh of sizes that do not fit
+        super(ModelParallelStrategy, self).setup_environment()
+        self._setup_distributed()
+        if self.world_size % self.replicas:
+            raise ValueError(
+                f"strategy.replicas is {self.replicas}, which does not divide the run's {self.world_size} processes"
+            )
+        shards = self.world_size // self.replicas
+        self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
+        mesh = init_device_mesh(self.root_device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
+        self._device_mesh = mesh
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def sharding(self) -> Sharding:
+        """How models are sharded, now that the processes are joined."""
+        mesh = self.device_mesh["shard"] if self.replicas == 1 else self.device_mesh["replicate", "shard"]
+        mixed = isinstance(self.precision_plugin, MixedPrecision)
+        if mixed and self.precision_plugin.precision != "bf16-mixed":
+            raise ValueError(
+                f"trainer.precision {self.precision_plugin.precision} is not available under FSDP2: take bf16-mixed, "
+                "bf16-true or 32-true"
+            )
+        return Sharding(mesh, torch.bfloat16 if mixed else None, **self._options)
+
+    # ------------------------------------------------------------------- models
+
+    def load(self, spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None, *, frozen: bool = False) -> Policy:
+        """The policy of a specification, sharded over all processes; each of them calls this.
+
+        Args:
+            frozen: it is not trained, and held in the precision that it is computed in.
+
+        Raises:
+            ValueError: quantised weights cannot be sharded; otherwise as `load_policy`.
+            RuntimeError: the first process failed to load it, or sharding changed what it computes.
+        """
+        if spec.quantize is not None:
+            raise ValueError("policy.quantize: weights in 4 or 8 bits cannot be sharded; drop it, or take strategy ddp")
+        source = self._first(lambda: load_policy(spec, tokenizer))
+        policy = load_policy(spec, tokenizer, weights=False)
+        how = self.sharding
+        if frozen:
+            policy.requires_grad_(False).eval()
+        for model in (policy, source):
+            if model is not None:
+                _cast_weights(model, self._held(how, frozen))
+        shard(policy, how)
+        fill(policy, source, self.root_device, how)
+        return policy
+
+    def _held(self, how: Sharding, frozen: bool) -> torch.dtype | None:
+        """The precision that weights are kept in; None for that of the model."""
+        if isinstance(self.precision_plugin, HalfPrecision):  # Lightning would cast what has been gathered already
+            return self.precision_plugin._desired_input_dtype
+        return how.compute_dtype if frozen else None
+
+    def _first(self, load: Any) -> Any:
+        """What the first process loads, None on the others; where it fails, all fail."""
+        found, error = None, None
+        if self.is_global_zero:
+            try:
+                found = load()
+            except Exception as problem:
+                error = problem
+        told = self.broadcast(None if error is None else first_line(error))
+        if error is not None:
+            raise error
+        if told is not None:
+            raise RuntimeError(f"the first process could not load the policy: {told}")
+        return found
+
+    def model_to_device(self) -> None:
+        if not self._options["cpu_offload"]:
+            super().model_to_device()
+
+    # ----------------------------------------------------------------- gradients
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Gradients of a step's earlier batches are only added up, on each process; the last batch reduces the sum."""
+        super().pre_backward(closure_loss)
+        assert self.model is not None
+        loop = self.lightning_module.trainer.fit_loop.epoch_loop  # type: ignore[union-attr]
+        set_gradient_sync(self.model, self.reduce_every_microbatch or not loop._should_accumulate())
+
+    # --------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Shards by all processes, then the rest by the first; the folder appears whole or not at all."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        partial = path.with_name(path.name + ".partial")
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.barrier()
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{i}": part for i, part in enumerate(checkpoint.pop("optimizer_states", []))}
+        dcp.save(state, checkpoint_id=partial)
+        if self.is_global_zero:
+            torch.save(checkpoint, partial / META)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            os.replace(partial, path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a folder of shards, written by any number of processes, or one file.
+
+        Of a policy with an adapter a checkpoint holds what is trained, and only that is read.
+
+        Raises:
+            ValueError: it is of another model, or damaged.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        assert self.model is not None
+        stage = cast(Any, self.lightning_module)
+        partly = not stage.strict_loading
+        options = StateDictOptions(ignore_frozen_params=partly, strict=not partly)
+        model = get_model_state_dict(self.model, options=options)
+        try:
+            dcp.load({"state_dict": model}, checkpoint_id=path)
+            set_model_state_dict(self.model, model, options=options)
+            for i, optimizer in enumerate(self.optimizers):
+                state = get_optimizer_state_dict(self.model, optimizer, options=options)
+                dcp.load({f"optimizer_{i}": state}, checkpoint_id=path)
+                set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        except (CheckpointException, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"the checkpoint {path} cannot be read into this policy ({first_line(error)[:300]}): resume with the "
+                "policy it was trained with, and from a folder that is whole"
+            ) from error
+        return torch.load(path / META, map_location="cpu", weights_only=True)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raises ValueError at strategies of Lightning that would train something else than asked."""
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
+        raise ValueError(
+            "trainer.strategy ModelParallelStrategy: its automatic sizes let all devices of a node train on the same "
+            "pairs, and it shards nothing by itself. Set trainer.strategy to FSDP2"
+        )
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy fsdp (FSDP1) gathers the head outside the operator that reads it, and cannot be tested "
+            "without GPUs. Set trainer.strategy to FSDP2"
+        )
+
+
+def _cast_weights(policy: Policy, dtype: torch.dtype | None) -> None:
+    """Parameters alone: buffers such as rotary frequencies keep their precision."""
+    for parameter in policy.parameters() if dtype else ():
+        parameter.data = parameter.data.to(dtype)
+
+
+if "fsdp2" not in StrategyRegistry.available_strategies():
+    StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2 over all processes")
