@@ -1,6 +1,5 @@
 """From a configuration to trainer, stage and data: one LightningCLI for `rsa fit` and each step of `rsa align`."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rsa_lightning import callbacks, legacy, losses, reference, strategy, superv
 from rsa_lightning.config import load_file, parse
 from rsa_lightning.data.datamodule import PreferenceData, tokenizer_of
 from rsa_lightning.models import check_spec
+from rsa_lightning.processes import launched
 from rsa_lightning.stages import PolicyStage
 
 CHECKPOINT_NAMES = ("last", "best", "hpc")  # what Lightning finds by itself
@@ -76,13 +76,16 @@ class FitCLI(LightningCLI):
         self.config = parser.parse_args(args) if self._mapping is None else parser.parse_object(dict(self._mapping))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        local, nodes = launched()
+        asked = self._get(self.config_init, "trainer")
+        # what torchrun or SLURM has started is what is meant; on a CPU Lightning's `auto` is one process
+        kwargs |= {"devices": local} if asked.get("devices") == "auto" and local * nodes > 1 else {}
+        kwargs |= {"num_nodes": nodes} if asked.get("num_nodes") == 1 and nodes > 1 else {}
         trainer = super().instantiate_trainer(**kwargs)
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if trainer.world_size != launched and "TORCHELASTIC_RUN_ID" in os.environ:
-            # on CPU `devices: auto` is one process: each of them would train alone, without a word
+        if trainer.world_size != local * nodes and local * nodes > 1:  # each of them would train alone, without a word
             raise ValueError(
-                f"torchrun started {launched} processes, the trainer uses {trainer.world_size}: set trainer.devices to "
-                "the processes of a node and trainer.num_nodes to the number of nodes"
+                f"{local * nodes} processes were started, the trainer uses {trainer.world_size}: leave trainer.devices "
+                "out, or set it to the processes of a node and trainer.num_nodes to the number of nodes"
             )
         return trainer
 

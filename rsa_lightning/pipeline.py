@@ -15,6 +15,7 @@ import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,32 +28,25 @@ from rsa_lightning import stories
 from rsa_lightning.assess import Assessment, Candidate
 from rsa_lightning.checkpoint import key_of, write_text
 from rsa_lightning.data.datamodule import PreferenceData, summary
-from rsa_lightning.data.formats import CRITERIA as TWO_LABELS
-from rsa_lightning.data.readers import Source, fingerprint
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.derived import Derived
 from rsa_lightning.fit import FitCLI
-from rsa_lightning.hub import is_hub_name
-from rsa_lightning.kinds import SOURCES
-from rsa_lightning.labels import check_pairs
 from rsa_lightning.lineage import Lineage, local
 from rsa_lightning.manifest import Manifest
 from rsa_lightning.models import PolicySpec, check_spec, load_policy
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.plan import BASE, AlignConfig, StepConfig, read_config
+from rsa_lightning.processes import Processes, is_first
+from rsa_lightning.run_data import RunData
 from rsa_lightning.saving import save_policy
 from rsa_lightning.sharing import take_over, trained_inputs
 from rsa_lightning.stages import AlignmentStage, PolicyStage
 from rsa_lightning.steps import (
-    CRITERIA,
     check_adapters,
     check_late,
     early_steps,
     fit_config,
     is_late,
-    label_steps,
-    labelled_data,
-    sources_of,
 )
 
 PACKAGES = ("rsa_lightning", "torch", "lightning", "transformers", "torchmetrics", "jsonargparse", "safetensors")
@@ -68,7 +62,8 @@ def align(config: Mapping[str, Any], console: Console | None = None, donors: Seq
         ValueError, FileNotFoundError: in the configuration, before anything is written; in the data, before anything is
             trained.
     """
-    return Run(read_config(config), dict(config), console or Console(), donors).execute()
+    console = console or Console(quiet=not is_first())
+    return Run(read_config(config), dict(config), console, donors).execute()
 
 
 class Run:
@@ -81,53 +76,74 @@ class Run:
         self.folder = Path(config.output)
         self.inputs = self.folder / "inputs"
         self.manifest = Manifest(self.folder)
-        self.files = self._find_files()
-        self._data_modules: dict[str, PreferenceData] = {}
+        self.data = RunData(config, self.inputs)
+        self.processes = Processes()
 
     def execute(self) -> dict[str, Any]:
         # everything that can be wrong with the configuration is found before the run directory is touched ...
-        stages = self.check()
+        built = self.check()
+        stages = {name: cli.model for name, cli in built.items()}
+        for cli in built.values():
+            self.processes.join(cli.trainer)
         assessment = Assessment(self.config, self.folder, self.manifest, self.console)
         # ... and everything wrong with the data before anything is trained
-        self.make_inputs()
+        self.processes.first(self.make_inputs)
+        for name, step in early_steps(self.config).items():
+            self.data.read(name, step)
         alignments = [stage for stage in stages.values() if isinstance(stage, AlignmentStage)]
-        assessment.prepare(self._criteria(), self.files.get("prompts"), self.lineage.model(BASE), alignments)
+        assessment.prepare(self.data.criteria(), self.data.files.get("prompts"), self.lineage.model(BASE), alignments)
         betas = {name: self._temperature(name, stages[name]) for name in early_steps(self.config) if name in stages}
-        del stages, alignments
+        del built, stages, alignments
         for name, step in self.config.steps.items():
             if step.trains:
                 self._train(name, step, betas[name] if name in betas else self._temperature(name))
             else:
-                self.derived.run(name, self.data(step) if step.kind == "label" else None)
+                self.processes.first(partial(self._derive, name, step))
+        return self.processes.first(lambda: assessment.run(self._candidates()))
+
+    def _derive(self, name: str, step: StepConfig) -> None:
+        self.derived.run(name, self.data.of(step) if step.kind == "label" else None)
+
+    def _candidates(self) -> dict[str, Candidate]:
         steps = self.config.steps.items()
-        return assessment.run({name: self._candidate(name, step) for name, step in steps if step.kind != "label"})
+        return {name: self._candidate(name, step) for name, step in steps if step.kind != "label"}
 
     def _temperature(self, name: str, stage: PolicyStage | None = None) -> float | None:
         """Of the step's loss, which may depend on its data."""
         stage = stage or self._build(name).model
-        self._read(name, self.config.steps[name], stage)
+        self.data.read(name, self.config.steps[name], stage)
         return stage.loss.beta if isinstance(stage, AlignmentStage) else None
 
     def _candidate(self, name: str, step: StepConfig) -> Candidate:
         members = self.lineage.members(name) if step.kind == "mix" else None
         return Candidate(self.lineage.start(name), self.lineage.origin(name), members)
 
-    def check(self) -> dict[str, PolicyStage]:
-        """The stage of every step, built from its configuration; the model is fetched if it stands on the hub."""
+    def check(self) -> dict[str, FitCLI]:
+        """Trainer, stage and data of every step that trains; the model is fetched if it stands on the hub."""
         check_adapters(self.config)
         self.config = dataclasses.replace(self.config, model=local(self.config.model))
         self.lineage = Lineage(self.config)
-        self.tokenizer = self._find_tokenizer()
+        self.tokenizer = self.data.tokenizer = self._find_tokenizer()
         self.derived = Derived(self.config, self.lineage, self.manifest, self.console)
-        stages = {name: self._build(name).model for name, step in self.config.steps.items() if step.trains}
-        for name, stage in stages.items():
+        built = {name: self._build(name) for name, step in self.config.steps.items() if step.trains}
+        self._check_alike({name: cli.trainer.world_size for name, cli in built.items()})
+        for name, cli in built.items():
+            stage = cli.model
             self._check_policy(name, stage.policy_spec)
             if is_late(self.config.steps[name], self.config):
-                check_late(name, stage, self._data_arguments(self.config.steps[name]))
+                check_late(name, stage, self.data.arguments(self.config.steps[name]))
         for name in self.config.steps:
-            if name not in stages:
+            if name not in built:
                 self.derived.check(name)
-        return stages
+        return built
+
+    def _check_alike(self, sizes: Mapping[str, int]) -> None:
+        """Raises ValueError where steps ask for different numbers of processes."""
+        if len(set(sizes.values())) > 1:
+            asked = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+            raise ValueError(
+                f"trainer: the steps of a run share its processes, and ask for different numbers ({asked})"
+            )
 
     def _check_policy(self, name: str, spec: PolicySpec) -> None:
         """The model a step starts from may not be there yet: what it goes back to stands for it."""
@@ -140,23 +156,6 @@ class Run:
             raise kind(f"steps.{name}: {error}") from error
 
     # ------------------------------------------------------------------ inputs
-
-    def _find_files(self) -> dict[str, str]:
-        """The data of every source that a step learns from, and the prompts where they are given."""
-        data = self.config.data
-        files: dict[str, str] = {}
-        for name, step in self.config.steps.items():
-            try:
-                names, _ = sources_of(step, data, label_steps(self.config))
-            except ValueError as error:
-                raise ValueError(f"steps.{name}: {error}") from error
-            if data.stories is None and not is_late(step, self.config):
-                own = {source: "path" if data.path and source in CRITERIA else source for source in names}
-                pinned = "revision" in data.options
-                files |= {source: _existing(getattr(data, key), f"data.{key}", pinned) for source, key in own.items()}
-        if data.stories is not None:
-            return {name: str(self.inputs / f"{name}.jsonl") for name in (*SOURCES, "prompts")}
-        return files | ({"prompts": _existing(data.prompts, "data.prompts")} if data.prompts else {})
 
     def _find_tokenizer(self) -> str:
         """The base model's, or that of a folder that a step starts from, or the one the run will train."""
@@ -174,8 +173,8 @@ class Run:
             save_policy(load_policy(spec, tokenizer), tokenizer, self.lineage.model(BASE))
         self._check_vocabularies()
         for name, step in early_steps(self.config).items():
-            self._read(name, step)
-        self.manifest.note(data=self._fingerprints())
+            self.data.read(name, step)
+        self.manifest.note(data=self.data.fingerprints())
 
     def data_sets(self) -> Iterator[tuple[str, PreferenceData]]:
         """(the steps' names, data) of every data set, not prepared yet; a caller prepares each before it asks for more.
@@ -191,9 +190,9 @@ class Run:
             self._keep_tokenizer(data)
         users: dict[str, list[str]] = {}
         for name, step in early_steps(self.config).items():
-            users.setdefault(key_of(self._data_arguments(step)), []).append(name)
+            users.setdefault(key_of(self.data.arguments(step)), []).append(name)
         for names in users.values():
-            yield ", ".join(names), PreferenceData(**self._data_arguments(self.config.steps[names[0]]))
+            yield ", ".join(names), PreferenceData(**self.data.arguments(self.config.steps[names[0]]))
 
     def _begin(self) -> None:
         """Makes the run directory, and the story world where there is one."""
@@ -202,7 +201,7 @@ class Run:
         self.manifest.note(config=self.given, versions=versions, seed=self.config.seed)
         if self.config.data.stories is not None:
             world = stories.build(self.config.seed, **dataclasses.asdict(self.config.data.stories))
-            for path, rows in zip(self.files.values(), world, strict=True):
+            for path, rows in zip(self.data.files.values(), world, strict=True):
                 write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     @property
@@ -212,19 +211,11 @@ class Run:
     def _tokenizer_data(self) -> PreferenceData:
         """The data whose training side the run's tokenizer is trained on: that of the first step."""
         first = next(iter(early_steps(self.config).values()))
-        return PreferenceData(**self._data_arguments(first) | {"tokenizer": None})
+        return PreferenceData(**self.data.arguments(first) | {"tokenizer": None})
 
     def _keep_tokenizer(self, data: PreferenceData) -> None:
         data.prepare()
         data.tokenizer.save_pretrained(self.tokenizer)
-
-    def _fingerprints(self) -> dict[str, Any]:
-        """Where every source came from, and the hashes of what was read there."""
-        revision = self.config.data.options.get("revision")
-        return {
-            name: {"path": path, "sha256": fingerprint(Source(path, revision=revision))}
-            for name, path in self.files.items()
-        }
 
     def _check_vocabularies(self) -> None:
         """Ids must mean the same words in every model of a run."""
@@ -235,64 +226,6 @@ class Run:
                     f"vocabulary mismatch: the model in {folder} has another tokenizer than this run, "
                     f"{self.tokenizer}: set model.tokenizer to {folder}, or start from models of one family"
                 )
-
-    def _data_arguments(self, step: StepConfig) -> dict[str, Any]:
-        """Arguments of PreferenceData for a step."""
-        ours = {
-            "seed": self.config.seed,
-            "evaluation_prompts": self.files.get("prompts"),
-            "tokenizer": self.tokenizer,
-            "cache_dir": str(self.inputs / "cache"),
-        }
-        if is_late(step, self.config):
-            return {**ours, **labelled_data(step, self.config)}
-        names, options = sources_of(step, self.config.data)
-        paths = [self.files[name] for name in names]
-        shape = "demonstration" if names == ("demonstrations",) else self.config.data.format
-        criterion = self._criterion(names[0], options.get("format", shape))
-        shared = {**ours, "format": shape, "criterion": criterion, **self.config.data.options}
-        if len(names) > 1:
-            # two criteria may judge one pair, alike or not: that neither repeats nor contradicts anything
-            shared["defects"] = {"duplicate": "keep", "contradictory": "keep", **(shared.get("defects") or {})}
-        return {"path": paths[0] if len(paths) == 1 else paths, **shared, **options}
-
-    def _criterion(self, source: str, shape: str) -> str | None:
-        """Which of its two labels a source is, where one data set has both. A step may read it as rated responses."""
-        if self.config.data.path is None or (shape not in TWO_LABELS and shape != self.config.data.format):
-            return None
-        return CRITERIA[source]
-
-    def data(self, step: StepConfig) -> PreferenceData:
-        """A step's data, read and tokenised once per run."""
-        arguments = self._data_arguments(step)
-        key = key_of(arguments)
-        if key not in self._data_modules:
-            data = PreferenceData(**arguments)
-            data.setup()
-            self._data_modules[key] = data
-        return self._data_modules[key]
-
-    def _read(self, name: str, step: StepConfig, stage: PolicyStage | None = None) -> None:
-        try:
-            data = self.data(step)
-            if step.kind == "label":
-                check_pairs(data)
-            if stage is not None:
-                stage.read_data(data)
-        except ValueError as error:
-            raise ValueError(f"steps.{name}: {error}") from error
-
-    def _criteria(self) -> dict[str, PreferenceData]:
-        """One data set per source of pairs that some step uses, split and tokenised as in training."""
-        found = {}
-        for source in SOURCES[1:]:
-            steps = early_steps(self.config).values()
-            users = [step for step in steps if source in sources_of(step, self.config.data)[0]]
-            if users:
-                options = {**sources_of(users[-1], self.config.data)[1], "source": source}
-                options["relabel"] = None  # pairs are judged as their source has labelled them
-                found[source] = self.data(dataclasses.replace(users[-1], data=options))
-        return found
 
     # ------------------------------------------------------------------- steps
 
@@ -305,69 +238,87 @@ class Run:
                 self.config,
                 policy=self.lineage.policy(name),
                 reference=self.lineage.reference_class(name),
-                data=self._data_arguments(step),
+                data=self.data.arguments(step),
                 folder=self.folder / name,
                 progress_bar=sys.stdout.isatty(),
             )
-            cli = FitCLI(config)
-            if cli.trainer.world_size > 1:
-                raise ValueError(
-                    f"rsa align runs in one process, trainer.devices asks for {cli.trainer.world_size}: run a step's "
-                    "config.yaml with rsa fit for more"
-                )
-            return cli
+            return FitCLI(config)
         except (ValueError, OSError, ArgumentError, MisconfigurationException) as error:
             raise ValueError(f"steps.{name}: {plain_message(error)}") from error
 
     def _train(self, name: str, step: StepConfig, beta: float | None) -> None:
         """Trains a step unless its model can be reused. Its stage and trainer are let go of afterwards."""
-        folder, data = self.folder / name, self.data(step)
-        arguments = self._data_arguments(step)
-        inputs = trained_inputs(name, beta, self.config, self.lineage, self.tokenizer, arguments, data.report)
-        why = self.manifest.why_again(name, inputs, folder / "model")
-        if why is None:
-            self.console.print(f"[bold]{name}[/]: reused (same configuration, data and start)")
+        data = self.data.of(step)
+        inputs = self.processes.first(partial(self._begin_step, name, step, beta, data))
+        if inputs is None:
             return
-        lineage = {
-            "start": self.lineage.start(name),
-            "reference": None if step.kind == "warmup" else self.lineage.reference(name),
-        }
-        if donor := take_over(self.manifest, name, inputs, self.donors, **lineage):
-            self._write_config(name, self._build(name))
-            told = f"[bold]{name}[/]: taken over from {donor} (same configuration, data and start)"
-            self.console.print(told, soft_wrap=True)
-            return
-        self.console.print(f"[bold]{name}[/]: {why}; {summary(data.report)}", soft_wrap=True)
-        self.manifest.forget(name)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         cli = self._build(name)
-        self._write_config(name, cli)
+        self.processes.first(partial(self._write_config, name, cli))
         L.seed_everything(self.config.seed, verbose=False)
         started = time.perf_counter()
         _fit(cli, data)
         seconds = time.perf_counter() - started
-        if not (folder / "model").is_dir():
+        self.processes.first(partial(self._finish_step, name, step, beta, data, inputs, cli, seconds))
+        data.trainer = None  # it holds the policy, the reference and the optimizer
+        del cli
+        gc.collect()
+
+    def _begin_step(
+        self, name: str, step: StepConfig, beta: float | None, data: PreferenceData
+    ) -> dict[str, Any] | None:
+        """What decides the step's model, with its folder emptied; None where the model is there already."""
+        folder, arguments = self.folder / name, self.data.arguments(step)
+        inputs = trained_inputs(name, beta, self.config, self.lineage, self.tokenizer, arguments, data.report)
+        why = self.manifest.why_again(name, inputs, folder / "model")
+        if why is None:
+            self.console.print(f"[bold]{name}[/]: reused (same configuration, data and start)")
+            return None
+        if donor := take_over(self.manifest, name, inputs, self.donors, **self._origin(name, step)):
+            self._write_config(name, self._build(name))
+            told = f"[bold]{name}[/]: taken over from {donor} (same configuration, data and start)"
+            self.console.print(told, soft_wrap=True)
+            return None
+        self.console.print(f"[bold]{name}[/]: {why}; {summary(data.report)}", soft_wrap=True)
+        self.manifest.forget(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return inputs
+
+    def _origin(self, name: str, step: StepConfig) -> dict[str, Any]:
+        reference = None if step.kind == "warmup" else self.lineage.reference(name)
+        return {"start": self.lineage.start(name), "reference": reference}
+
+    def _finish_step(
+        self,
+        name: str,
+        step: StepConfig,
+        beta: float | None,
+        data: PreferenceData,
+        inputs: Mapping[str, Any],
+        cli: FitCLI,
+        seconds: float,
+    ) -> None:
+        """Records a step that has been trained. Raises ValueError where it was not."""
+        model = self.folder / name / "model"
+        if not model.is_dir():
             raise ValueError(
                 f"steps.{name}: no optimizer step was made (max_epochs, max_steps or fast_dev_run); raise it"
             )
         self.manifest.finish(
             name,
             inputs,
-            folder / "model",
+            model,
             kind=step.kind,
-            **lineage,
+            **self._origin(name, step),
             temperature=beta,
             label_scale=labels.scale if (labels := getattr(cli.model, "labels", None)) else None,
             optimizer_steps=cli.trainer.global_step,
+            processes=cli.trainer.world_size,
             seconds=round(seconds, 1),
             data=data.report,
         )
         steps = f"{cli.trainer.global_step} steps in {seconds:.0f} s"
         self.console.print(f"  {steps}; {_validation(cli.trainer)}", soft_wrap=True)
-        data.trainer = None  # it holds the policy, the reference and the optimizer
-        del cli
-        gc.collect()
 
     def _write_config(self, name: str, cli: FitCLI) -> None:
         path = self.folder / name / "config.yaml"
@@ -379,14 +330,6 @@ def _fit(cli: FitCLI, data: PreferenceData) -> None:
         cli.trainer.fit(cli.model, data)
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stop
-
-
-def _existing(path: str, key: str, pinned: bool = False) -> str:
-    """The path, if something is there; a name of the hub passes if its revision is pinned."""
-    if Path(path).exists() or (pinned and is_hub_name(path)):
-        return path
-    hint = ": a data set of the hub needs data.options.revision, the commit" if is_hub_name(path) else ""
-    raise FileNotFoundError(f"{key}: there is no file {path}{hint}")
 
 
 def _validation(trainer: L.Trainer) -> str:

@@ -251,5 +251,6 @@ def _cast_weights(policy: Policy, dtype: torch.dtype | None) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-if "fsdp2" not in StrategyRegistry.available_strategies():
-    StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2 over all processes")
+for name in ("fsdp2", "FSDP2"):
+    if name not in StrategyRegistry.available_strategies():
+        StrategyRegistry.register(name, FSDP2, description="FSDP2 over all processes")

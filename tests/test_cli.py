@@ -335,11 +335,12 @@ def test_processes_that_would_train_alone_are_refused(pairs, monkeypatch, capsys
     """torchrun with two processes and one device: Lightning would run two unconnected trainings."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
         monkeypatch.setenv(name, "0")
     status, message = rsa("fit", "-c", REWARD, "--data.path", pairs, *FAST, "--trainer.devices", "1", capsys=capsys)
     assert status == 1
-    assert "torchrun started 2 processes, the trainer uses 1: set trainer.devices" in message
+    assert "2 processes were started, the trainer uses 1: leave trainer.devices" in message
 
 
 def test_the_help_of_align_names_every_key_of_a_configuration(capsys):

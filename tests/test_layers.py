@@ -98,6 +98,7 @@ ROOMS = {
     "merge": ("adapters checkpoint data.tokenize hub members models saving weights", "torch safetensors"),
     "reference": ("adapters models sharding data.batch", "torch"),
     "sharding": ("models", "torch"),
+    "processes": ("parsing", "torch lightning"),
     "strategy": ("models parsing sharding", "torch lightning transformers"),
     "saving": ("adapters checkpoint models sharding", "torch transformers"),
     "optim": ("", "torch transformers"),
@@ -135,7 +136,7 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config legacy losses models reference strategy supervised stages transforms data.datamodule",
+        "callbacks config legacy losses models processes reference strategy supervised stages transforms data.datamodule",
         "lightning",
     ),
     "evaluation.comparison": (
@@ -163,9 +164,13 @@ ROOMS = {
         "evaluation.folders evaluation.generate evaluation.preference evaluation.report evaluation.score",
         "torch rich",
     ),
+    "run_data": (
+        "checkpoint data.datamodule data.formats data.readers hub kinds labels plan stages steps",
+        "",
+    ),
     "pipeline": (
-        "assess checkpoint data.datamodule data.formats data.readers data.tokenize derived fit hub kinds labels lineage manifest "
-        "models parsing plan saving sharing stages steps stories",
+        "assess checkpoint data.datamodule data.tokenize derived fit lineage manifest models parsing plan processes "
+        "run_data saving sharing stages steps stories",
         "lightning rich",
     ),
     "budget": (

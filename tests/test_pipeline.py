@@ -186,9 +186,9 @@ def test_a_step_of_safedpo_relabels_its_own_pairs_and_leaves_those_that_are_judg
     unsafe = sum(not (row["chosen_safe"] or row["rejected_safe"]) for row in rows)
     assert entry["data"]["skipped"]["both_unsafe"] == unsafe > 0
     assert entry["inputs"]["data"]["relabel"] == relabel
-    trained = {e.row_id: e for e in made.data(made.config.steps["safedpo"]).train_examples}
+    trained = {e.row_id: e for e in made.data.of(made.config.steps["safedpo"]).train_examples}
     assert {e.offset for e in trained.values()} == {0.0, 4.0}
-    judged = made._criteria()["helpful"]
+    judged = made.data.criteria()["helpful"]
     assert judged.settings.relabel is None
     swapped = [e for e in judged.train_examples if e.row_id in trained and trained[e.row_id].chosen_cost == e.rejected_cost
                and e.chosen_cost > 0 >= e.rejected_cost]  # fmt: skip
@@ -436,7 +436,7 @@ def test_the_whole_configuration_is_checked_before_anything_is_written(tmp_path)
         ({"model": {"model": "somebody/some-model"}}, "is no folder here, .*download it elsewhere and give its folder"),
         (
             {"trainer": {"devices": 2, "accelerator": "cpu"}},
-            "rsa align runs in one process, trainer.devices asks for 2",
+            "trainer.num_nodes ask for 2 processes, and rsa align starts none: torchrun --nproc-per-node 2",
         ),
     ],
 )

@@ -1,0 +1,102 @@
+"""The processes of one run: the first one reads, decides and writes, all of them train.
+
+A process by itself is the first of one. Others are started by torchrun or SLURM, never by us.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from rsa_lightning.parsing import first_line
+
+T = TypeVar("T")
+# the first process may tokenise, sample or score for hours while the others wait
+PATIENCE = timedelta(days=7)
+
+
+def launched() -> tuple[int, int]:
+    """(processes of this node, nodes), as torchrun or SLURM has started them; (1, 1) for a process by itself."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        return local, max(1, int(environment.get("WORLD_SIZE", "1")) // local)
+    if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(environment.get("SLURM_NNODES", "1"))
+        return max(1, int(environment["SLURM_NTASKS"]) // nodes), nodes
+    return 1, 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks, before any are joined."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
+
+
+class Processes:
+    """Joins the processes of a run, and lets the first one do what must be done once."""
+
+    def __init__(self) -> None:
+        self._waiting: Any = None  # a group on the CPU: waiting in it keeps no GPU busy, and hits no time limit of NCCL
+
+    @property
+    def several(self) -> bool:
+        return self._waiting is not None
+
+    @property
+    def is_first(self) -> bool:
+        return not self.several or dist.get_rank() == 0
+
+    def join(self, trainer: L.Trainer) -> None:
+        """Waits for all processes that `trainer` expects.
+
+        Raises:
+            ValueError: it expects several, and nothing has started them.
+        """
+        if trainer.world_size == 1 or self.several:
+            return
+        environment: Any = getattr(trainer.strategy, "cluster_environment", None)
+        if environment is None or not environment.creates_processes_externally:
+            raise ValueError(
+                f"trainer.devices and trainer.num_nodes ask for {trainer.world_size} processes, and rsa align starts "
+                f"none: torchrun --nproc-per-node {trainer.num_devices} -m rsa_lightning align ..., or srun"
+            )
+        if not dist.is_initialized():
+            device: torch.device = trainer.strategy.root_device
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
+                environment.main_address,
+                str(environment.main_port),
+            )
+            gpu = device.type == "cuda"
+            dist.init_process_group(
+                "nccl" if gpu else "gloo",
+                rank=environment.global_rank(),
+                world_size=trainer.world_size,
+                device_id=device if gpu else None,
+            )
+        self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def first(self, call: Callable[[], T]) -> T:
+        """What `call` returns in the first process, in all of them; the others wait.
+
+        Raises:
+            RuntimeError: in the others, where it raises in the first.
+        """
+        if not self.several:
+            return call()
+        told: list[Any] = [None, None]
+        error: BaseException | None = None
+        if self.is_first:
+            try:
+                told = [call(), None]
+            except BaseException as problem:
+                error, told = problem, [None, first_line(problem)]
+        dist.broadcast_object_list(told, src=0, group=self._waiting)
+        if error is not None:
+            raise error
+        if told[1] is not None:
+            raise RuntimeError(f"the first process stopped: {told[1]}")
+        return told[0]
