@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from rsa_lightning.legacy import LegacyCVaR
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, PreferenceLoss
 from rsa_lightning.tabular import bradley_terry, pair_objective, rated_objective, settle, win_rates
 from rsa_lightning.temperatures import stage_betas
+from rsa_lightning.transforms import CostTransform, Exponential, Indicator
 from rsa_lightning.world import (
     Policy,
     TokenWorld,
@@ -71,8 +71,8 @@ def sacpo(world: TokenWorld, beta: float) -> Path:
     return lambda lam: gibbs(start, -world.cost, beta / lam)
 
 
-def on_cost(transform: Callable[[Tensor], Tensor]) -> Callable[[TokenWorld, float], Path]:
-    """SACPO with a function of the cost in its place."""
+def on_cost(transform: CostTransform) -> Callable[[TokenWorld, float], Path]:
+    """SACPO with a transform of the cost in its place."""
 
     def path(world: TokenWorld, beta: float) -> Path:
         start = gibbs(world.reference, world.reward, beta)
@@ -154,7 +154,7 @@ def naive_merge(world: TokenWorld, beta: float) -> Path:
 
 def safe_dpo(world: TokenWorld, beta: float) -> Path:
     """What SafeDPO's loss tends to: the reward's optimum among safe responses. The path is that of its temperature."""
-    unsafe = (world.cost > 0).double()
+    unsafe = Indicator(0.0)(world.cost)
     return lambda strength: gibbs(world.reference, world.reward - 1e3 * unsafe, beta / strength)
 
 
@@ -192,14 +192,6 @@ def v2(beta: float) -> RSA:
     return RSA(beta=beta, risk_weight=0.5, detach_chosen_risk=True)
 
 
-def indicator(threshold: float) -> Callable[[Tensor], Tensor]:
-    return lambda cost: (cost > threshold).double()
-
-
-def exponential(mu: float) -> Callable[[Tensor], Tensor]:
-    return lambda cost: torch.expm1(mu * cost) / mu
-
-
 @functools.cache
 def family() -> dict[str, Method]:
     risks: dict[str, RiskMeasure] = {
@@ -221,9 +213,9 @@ def family() -> dict[str, Method]:
         Method("parallel, CVaR(0.1)", "nested risk", parallel(CVaR(0.1))),
         Method("hinge, worst 5 %", "transformed cost", hinge(0.05), log_spaced(0.003, 2.0, 10)),
         Method("hinge, worst 1 %", "transformed cost", hinge(0.01), log_spaced(0.001, 1.0, 10)),
-        Method("indicator, cost > 0", "transformed cost", on_cost(indicator(0.0)), log_spaced(0.02, 10.0, 10)),
-        Method("indicator, cost > 1", "transformed cost", on_cost(indicator(GRAVE)), log_spaced(0.02, 10.0, 10)),
-        Method("exponential, mu 0.5", "transformed cost", on_cost(exponential(0.5)), log_spaced(0.003, 2.0, 10)),
+        Method("indicator, cost > 0", "transformed cost", on_cost(Indicator(0.0)), log_spaced(0.02, 10.0, 10)),
+        Method("indicator, cost > 1", "transformed cost", on_cost(Indicator(GRAVE)), log_spaced(0.02, 10.0, 10)),
+        Method("exponential, mu 0.5", "transformed cost", on_cost(Exponential(0.5)), log_spaced(0.003, 2.0, 10)),
         Method("SafeDPO", "one shot", safe_dpo, log_spaced(0.05, 2.0, 10)),
         *(
             Method(name, "nested risk, v2", trained(v2, risk), FEW_LAMS, (LOW_BETA,))

@@ -20,6 +20,7 @@ from benchmarks.exact_tail.methods import BETA, GRAVE, LAMS, STEPS, as_far, log_
 from benchmarks.exact_tail.study import measure, world_of
 from rsa_lightning.losses import DPO, RSA, PreferenceLoss
 from rsa_lightning.tabular import Population, bradley_terry, pair_objective, settle
+from rsa_lightning.transforms import Hinge
 from rsa_lightning.world import (
     Policy,
     TokenWorld,
@@ -102,13 +103,13 @@ def limited_hinge(world: TokenWorld, start: Policy, lam: float) -> Policy:
     """The hinge's optimum over policies of the first tokens: the cost (c − η)₊/a is averaged over what follows."""
     tail_mass, law = 0.05, prefix_logps(start)[-1].flatten(1)
 
-    def tilt(eta: Tensor) -> Tensor:
-        return given_prefix(world.reference, (world.cost - eta).clamp(min=0) / tail_mass, CONTROLLED)
+    def tilt(eta: float) -> Tensor:
+        return given_prefix(world.reference, Hinge(eta, tail_mass)(world.cost), CONTROLLED)
 
-    def worth(eta: Tensor) -> Tensor:
-        return BETA * (law - lam * tilt(eta) / BETA).logsumexp(-1).mean() - lam * eta
+    def worth(eta: float) -> float:
+        return float(BETA * (law - lam * tilt(eta) / BETA).logsumexp(-1).mean()) - lam * eta
 
-    eta = max(world.cost.flatten().unique(), key=lambda eta: float(worth(eta)))
+    eta = max(world.cost.flatten().unique().tolist(), key=worth)
     return gibbs(start, -tilt(eta), BETA / lam)
 
 
