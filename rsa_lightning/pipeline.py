@@ -89,7 +89,7 @@ class Run:
         assessment = Assessment(self.config, self.folder, self.manifest, self.console)
         # ... and everything wrong with the data before anything is trained
         self.make_inputs()
-        alignments = [stage for stage in stages.values() if isinstance(stage, AlignmentStage)]
+        alignments = {name: stage for name, stage in stages.items() if isinstance(stage, AlignmentStage)}
         assessment.prepare(self._criteria(), self.files.get("prompts"), self.lineage.model(BASE), alignments)
         betas = {name: self._temperature(name, stages[name]) for name in early_steps(self.config) if name in stages}
         del stages, alignments
