@@ -69,17 +69,19 @@ class Assessment:
         criteria: Mapping[str, PreferenceData],
         prompts: str | None,
         base: str,
-        alignments: Sequence[AlignmentStage],
+        alignments: Mapping[str, AlignmentStage],
     ) -> None:
         """Reads the prompts and checks them against the base model, so that nothing is trained in vain.
 
         Args:
             criteria: the data of every criterion, set up.
             prompts: a file of rows {prompt}; without one, held-out prompts are taken.
-            alignments: the stages to come; judgements report the risk measure of the last.
+            alignments: step -> its stage; judgements report the risk measure of the last, and the report shows that of
+                those whose loss reads one.
         """
         self.criteria = criteria
-        self.risk: RiskMeasure = alignments[-1].risk if alignments else CVaR()
+        self.risk: RiskMeasure = list(alignments.values())[-1].risk if alignments else CVaR()
+        self.reads_risk = {name for name, stage in alignments.items() if stage.loss.reads_risk}
         lengths = {data.lengths.max_prompt_length for data in criteria.values()} or {
             self.wanted.sampling.max_prompt_length
         }
@@ -120,7 +122,7 @@ class Assessment:
                 f"{name} ({entry['kind']})",
                 entry["start"],
                 _shown(settings["loss"]) if beta else "",
-                _shown(settings["risk"]) if beta and not _is_riskless(settings["loss"]) else "",
+                _shown(settings["risk"]) if name in self.reads_risk else "",
                 _labels(settings.get("cost_transform"), entry.get("label_scale")),
                 beta,
                 _trained(entry["inputs"].get("adapter")),
@@ -253,11 +255,6 @@ def _trained(adapter: Mapping[str, Any] | None) -> str:
 def _labels(transform: Any, scale: float | None) -> str:
     """What a step learns of its pairs: their order, or their costs with the label scale that its temperature holds."""
     return "" if transform is None else f"{_shown(transform)}, scale {scale:.3g}"
-
-
-def _is_riskless(loss: Any) -> bool:
-    """Whether a loss reads no risk, so that it is only measured."""
-    return _shown(loss).split("(")[0].split(".")[-1] in ("DPO", "IPO", "KTO")
 
 
 def _shown(setting: Any) -> str:

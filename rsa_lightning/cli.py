@@ -85,20 +85,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _align(arguments: list[str]) -> int:
-    from rsa_lightning.config import dump, load_layers, overrides
+    from rsa_lightning.config import dump, layer_parser, load_layers, overrides
     from rsa_lightning.pipeline import align
     from rsa_lightning.plan import KEYS, read_config
 
     _quiet_lightning()
     _no_weight_bars()
-    parser = argparse.ArgumentParser(
-        prog="rsa align",
-        usage="rsa align -c FILE [-c LAYER ...] [--output DIR] [--KEY.SUBKEY VALUE ...]",
-        allow_abbrev=False,
-        epilog=KEYS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
+    parser = layer_parser("rsa align", "[--output DIR] [--KEY.SUBKEY VALUE ...]", KEYS)
     parser.add_argument("--print_config", action="store_true", help="print the merged configuration and stop")
     known, rest = parser.parse_known_args(arguments)
     config = load_layers(known.config, overrides(rest))

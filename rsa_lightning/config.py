@@ -1,5 +1,6 @@
 """YAML layers and dotted overrides, merged into one plain dict."""
 
+import argparse
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,24 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
     list("-+0123456789."),
 )
+
+
+def layer_parser(command: str, options: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command that takes layers: its `config` are the files, and what it does not know are `overrides`.
+
+    Args:
+        options: what may follow the files, for the usage.
+        epilog: printed as it is.
+    """
+    parser = argparse.ArgumentParser(
+        prog=command,
+        usage=f"{command} -c FILE [-c LAYER ...] {options}",
+        allow_abbrev=False,  # --out may be the start of a key
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
+    return parser
 
 
 def load_layers(files: Iterable[str | Path], overrides: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ temperature β / λ. `rsa_lightning.tail_dual` does the same for the tail of the
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -133,66 +133,6 @@ def dual_lambda(
     Sources: Safe RLHF arXiv:2310.12773 for the problem, CAN arXiv:2405.19544 for the dual with rewards.
     """
     return estimate(law_of(costs, prompts, beta, rewards), budget, beta, resamples, seed)
-
-
-def dual_lambdas(
-    costs: Float[Tensor, "k n"], prompts: Int[Tensor, " n"], budgets: Float[Tensor, " k"], beta: float
-) -> Float[Tensor, " k"]:
-    """The multipliers of several budgets at once: argmin over λ >= 0 of β E_x log E exp(−Σ_k λ_k (c_k − b_k) / β).
-
-    Newton's method on the multipliers that are free, projected onto λ >= 0, with backtracking. Budgets are out of reach
-    together exactly if some mix λ of them is: E_x min_y Σ_k λ_k (c_k − b_k) >= 0. Then all are inf.
-
-    Raises:
-        ValueError: as `dual_lambda`, or budgets that are not one per cost.
-    """
-    if costs.ndim != 2 or budgets.shape != costs.shape[:1]:
-        raise ValueError(f"expected costs [k, n] and budgets [k], got {tuple(costs.shape)} and {tuple(budgets.shape)}")
-    single = law_of(costs[0], prompts, beta)
-    padded = torch.zeros(len(costs), *single.log_weights.shape, dtype=torch.float64)
-    padded[:, single.rows, single.columns] = costs.double() - budgets.double()[:, None]
-    size = padded.flatten(1).abs().amax(1).clamp(min=torch.finfo(torch.float64).tiny)
-    padded /= size[:, None, None]  # Newton's steps do not depend on units, the tests below do
-
-    def value(lam: Tensor) -> Tensor:
-        mixed = single.like(torch.einsum("k,kpm->pm", lam, padded)[None])
-        return dual_value(mixed, torch.ones(1, dtype=torch.float64), 0.0, beta)[0]
-
-    lam = torch.zeros(len(costs), dtype=torch.float64)
-    for _ in range(STEPS):
-        mixed = single.like(torch.einsum("k,kpm->pm", lam, padded)[None])
-        if lam.any() and mixed.least.mean() >= -SLACK * lam.sum():
-            return torch.full_like(lam, torch.inf)
-        weights = tilted(mixed, torch.ones(1, dtype=torch.float64), beta)[1][0]
-        means = torch.einsum("pm,kpm->kp", weights, padded)
-        gradient = -means.mean(-1)
-        free = (lam > 0) | (gradient < -SLACK)
-        if not (gradient[free].abs() > SLACK).any():
-            break
-        centred = padded - means[..., None]
-        curvature = torch.einsum("pm,jpm,kpm->jk", weights, centred, centred) / (beta * len(weights))
-        lam = _descend(lam, gradient, curvature, free, value)
-    return lam / size
-
-
-def _descend(
-    lam: Tensor, gradient: Tensor, curvature: Tensor, free: Tensor, value: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """One projected Newton step, halved until D falls; along the gradient where costs are collinear."""
-    places = free.nonzero()[:, 0]
-    inner = curvature[places][:, places]
-    inner = inner + 1e-12 * (inner.diagonal().max() + torch.finfo(torch.float64).tiny) * torch.eye(len(places)).double()
-    step = torch.zeros_like(lam)
-    step[places] = torch.linalg.solve(inner, gradient[places])
-    step = step.clamp(min=-10 * (lam.sum() + 1), max=10 * (lam.sum() + 1))  # far out the value is nearly linear
-    before, factor = value(lam), 1.0
-    before = before + SLACK * before.abs()  # close to the optimum D is flat to the last digit, and the step is right
-    while factor > 1e-12:
-        moved = (lam - factor * step).clamp(min=0)
-        if value(moved) <= before + 1e-4 * (gradient * (moved - lam)).sum():
-            return moved
-        factor /= 2
-    return moved
 
 
 def law_of(

@@ -90,7 +90,7 @@ class Run:
         self.processes.first(self.make_inputs)
         for name, step in early_steps(self.config).items():
             self.data.read(name, step)
-        alignments = [stage for stage in stages.values() if isinstance(stage, AlignmentStage)]
+        alignments = {name: stage for name, stage in stages.items() if isinstance(stage, AlignmentStage)}
         assessment.prepare(self.data.criteria(), self.data.files.get("prompts"), self.lineage.model(BASE), alignments)
         betas = {name: self._temperature(name, stages[name]) for name in early_steps(self.config) if name in stages}
         del built, stages, alignments

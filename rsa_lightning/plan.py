@@ -1,6 +1,7 @@
 """The configuration of `rsa align`: its types, and what can be said against it before anything runs."""
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -238,6 +239,7 @@ def read_config(config: Mapping[str, Any]) -> AlignConfig:
     Raises:
         ValueError: an unknown key, a value of the wrong type, an impossible order of steps; the key is named.
     """
+    _check_known(config, AlignConfig)
     loose = ("steps", "trainer", "lora")
     values = {key: value for key, value in config.items() if key not in loose}
     parts = {key: {} if config.get(key) in (None, False) else _mapping(config[key], key) for key in loose}
@@ -328,10 +330,7 @@ def _check_name(name: Any, taken: list[str]) -> None:
 def _step(name: str, value: Any) -> StepConfig:
     where = f"steps.{name}"
     values = _mapping(value, where)
-    known = [f.name for f in dataclasses.fields(StepConfig)]
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{where}.{key}: unknown key; known are {', '.join(known)}")
+    _check_known(values, StepConfig, f"{where}.")
     check_keys(where, values)
     for key, kinds in LOOSE.items():
         if values.get(key) is not None and (not isinstance(values[key], kinds) or values[key] is True):
@@ -342,6 +341,16 @@ def _step(name: str, value: Any) -> StepConfig:
         loose["models"] = {model: weight for model, weight in loose["models"].items() if weight is not None}
     typed = {key: item for key, item in values.items() if key not in LOOSE}
     return dataclasses.replace(_parse(StepConfig, typed, skip=set(loose), where=where), **loose)
+
+
+def _check_known(values: Mapping[str, Any], kind: type, where: str = "") -> None:
+    """Raises ValueError at a key that is no field of the dataclass; the nearest field is named where one is near."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f". Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{where}{key}: unknown key; known are {', '.join(known)}{hint}")
 
 
 def _parse(kind: type, values: Mapping[str, Any], skip: set[str], where: str) -> Any:

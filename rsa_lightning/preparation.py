@@ -1,6 +1,5 @@
 """`rsa prepare`: data is read, judged and tokenised into the cache before any training, and reported on as a table."""
 
-import argparse
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rsa_lightning.checkpoint import write_json
-from rsa_lightning.config import load_file, load_layers, overrides
+from rsa_lightning.config import layer_parser, load_file, load_layers, overrides
 from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.data.prepare import PreparationError
 from rsa_lightning.fit import FitCLI
@@ -40,12 +39,7 @@ def main(arguments: list[str], console: Console | None = None) -> None:
         ValueError, FileNotFoundError: in the configuration; nothing is read.
         PreparationError: in the data; the table is printed and the report is written all the same.
     """
-    parser = argparse.ArgumentParser(
-        prog="rsa prepare",
-        usage="rsa prepare -c FILE [-c LAYER ...] [--report FILE] [--KEY VALUE ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
+    parser = layer_parser("rsa prepare", "[--report FILE] [--KEY VALUE ...]")
     parser.add_argument("--report", type=Path, metavar="FILE", help="where the report is written as JSON, too")
     known, rest = parser.parse_known_args(arguments)
     # a file that is missing is named before the parser of `rsa fit` takes it for text

@@ -5,7 +5,6 @@ OUTPUT/cache/                          tokenised data, for all points
 OUTPUT/results.csv, results.json       a row for each point and model; OUTPUT/report.md and its figure
 """
 
-import argparse
 import gc
 import itertools
 import re
@@ -17,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from rsa_lightning.checkpoint import key_of
-from rsa_lightning.config import load_layers, merge, nest, overrides, parse
+from rsa_lightning.config import layer_parser, load_layers, merge, nest, overrides, parse
 from rsa_lightning.evaluation.comparison import PointRecord, write_comparison
 from rsa_lightning.evaluation.figures import require_matplotlib
 from rsa_lightning.evaluation.frontier import Rule
@@ -68,15 +67,7 @@ def main(arguments: list[str], console: Console | None = None) -> int:
     Raises:
         ValueError, FileNotFoundError: in the configuration of the sweep or of any point; nothing is run.
     """
-    parser = argparse.ArgumentParser(
-        prog="rsa sweep",
-        usage="rsa sweep -c FILE [-c LAYER ...] [--output DIR] [--KEY VALUE ...]",
-        allow_abbrev=False,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
-    known, rest = parser.parse_known_args(arguments)
+    known, rest = layer_parser("rsa sweep", "[--output DIR] [--KEY VALUE ...]", EPILOG).parse_known_args(arguments)
     given = overrides(rest)
     own = [(key, text) for key, text in given if key.split(".")[0] in KEYS]
     shared = {key: parse(text, f"--{key}") for key, text in given if key.split(".")[0] not in KEYS}

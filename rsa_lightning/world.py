@@ -28,6 +28,7 @@ from rsa_kernels import ERM, RiskMeasure, nested_risk_tree
 from torch import Tensor
 
 from rsa_lightning.evaluation import tail
+from rsa_lightning.transforms import Hinge, Indicator
 
 Policy = tuple[Float[Tensor, "X _ V"], ...]
 """Log-probabilities of the next token, one tensor per position."""
@@ -283,16 +284,6 @@ def _dual_derivatives(
     return -means.mean(-1), (second - means @ means.T) / (len(law) * beta)
 
 
-def indicator(cost: Float[Tensor, "X S"], threshold: float) -> Float[Tensor, "X S"]:
-    """1 where the cost is above the threshold: a cost whose mean is P(c > threshold)."""
-    return (cost > threshold).to(cost.dtype)
-
-
-def hinge(cost: Float[Tensor, "X S"], eta: float, tail_mass: float) -> Float[Tensor, "X S"]:
-    """The cost (c − η)₊/a, whose mean plus η is CVaR_a(c) at the best η, a VaR_a, and no less at any other."""
-    return (cost - eta).clamp(min=0) / tail_mass
-
-
 def hinge_worths(
     reference: Policy, cost: Float[Tensor, "X S"], lam: float, tail_mass: float, beta: float
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -325,7 +316,7 @@ def hinge_optimum(
     """
     etas, worths = hinge_worths(reference, cost, lam, tail_mass, beta)
     eta = float(etas[worths.argmax()])
-    return gibbs(reference, -hinge(cost, eta, tail_mass), beta / lam), eta
+    return gibbs(reference, -Hinge(eta, tail_mass)(cost), beta / lam), eta
 
 
 # -------------------------------------------------------------------------------------------------------- figures
@@ -362,7 +353,7 @@ def cantelli(policy: Policy, cost: Float[Tensor, "X S"], tail_mass: float) -> fl
 
 def exceedance(policy: Policy, cost: Float[Tensor, "X S"], threshold: float) -> float:
     """P(cost > threshold)."""
-    return expectation(policy, indicator(cost, threshold))
+    return expectation(policy, Indicator(threshold)(cost))
 
 
 def entropic(policy: Policy, cost: Float[Tensor, "X S"], mu: float) -> float:

@@ -192,6 +192,7 @@ def test_v2_holds_back():
     start = trained(v2, KL())(world, BETA / 5)(1e-6)
     assert 0.3 < kl(start, world.reference) / kl(gibbs(world.reference, world.reward, BETA), world.reference) < 0.7
     assert family()["TDPO2"].strengths is FEW_LAMS
+    assert family()["TDPO2"].beta == BETA / 5
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rsa_lightning.config import dump, load_layers, merge, nest, parse
+from rsa_lightning.config import dump, layer_parser, load_layers, merge, nest, overrides, parse
 
 
 def test_later_layers_win_key_by_key(tmp_path):
@@ -68,3 +68,13 @@ def test_two_classes_of_one_name_are_two_classes():
     below = {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.99]}}
     assert merge({"o": below}, {"o": {"class_path": "mine.AdamW"}}) == {"o": {"class_path": "mine.AdamW"}}
     assert merge({"o": below}, {"o": {"class_path": "AdamW"}})["o"]["init_args"] == {"betas": [0.9, 0.99]}
+
+
+def test_the_parser_of_layers_leaves_keys_to_overrides():
+    """A flag of the command is its own; its beginning is a key of the configuration like any other."""
+    parser = layer_parser("rsa try", "[--flag] [--KEY VALUE ...]")
+    parser.add_argument("--flag", action="store_true")
+    known, rest = parser.parse_known_args(["-c", "a.yaml", "--fla", "1", "--flag", "--config", "b.yaml", "--lam=2"])
+    assert (known.config, known.flag) == (["a.yaml", "b.yaml"], True)
+    assert overrides(rest) == [("fla", "1"), ("lam", "2")]
+    assert parser.format_usage() == "usage: rsa try -c FILE [-c LAYER ...] [--flag] [--KEY VALUE ...]\n"

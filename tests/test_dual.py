@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsa_lightning.dual import dual_lambda, dual_lambdas, dual_value, law_of
+from rsa_lightning.dual import dual_lambda, dual_value, law_of
 from rsa_lightning.evaluation import tail as tails
 from rsa_lightning.tail_dual import best_threshold, dual_cvar, hinge, threshold_at
 
@@ -164,33 +164,6 @@ def test_few_effective_answers_are_called_that():
 def test_what_is_no_estimate_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         dual_lambda(*arguments)
-
-
-def test_one_budget_of_several_is_the_single_dual():
-    costs, prompts = heavy(6, 15)
-    one = dual_lambdas(costs[None], prompts, values(0.3), 0.2)
-    assert one.item() == pytest.approx(dual_lambda(costs, prompts, 0.3, 0.2, resamples=1).lam, rel=1e-9)
-
-
-def test_several_budgets_are_kept_together():
-    """Every budget holds at the optimum, with equality where its multiplier is positive (Karush, Kuhn, Tucker)."""
-    (first, prompts), (second, _) = heavy(8, 30), heavy(8, 30, seed=1)
-    slack = 0.2 * first - second  # a third cost that the others' tilt lowers or raises
-    costs, budgets, beta = torch.stack((first, 100 * second, slack)), values(0.6, 70.0, 3.0), 0.3
-    lam = dual_lambdas(costs, prompts, budgets, beta)
-    weights = (-(lam @ costs).reshape(8, 30) / beta).softmax(-1)
-    means = (weights * costs.reshape(3, 8, 30)).sum(-1).mean(-1)
-    assert lam[:2].min() > 0
-    assert lam[2] == 0
-    torch.testing.assert_close(means[:2], budgets[:2], rtol=1e-9, atol=0)
-    assert means[2] < budgets[2]
-
-
-def test_budgets_that_exclude_each_other_are_out_of_reach():
-    """c <= 0.2 and 1 − c <= 0.2: each alone can be kept."""
-    costs = torch.rand(40, dtype=torch.float64)
-    assert dual_lambdas(torch.stack((costs, 1 - costs)), one_prompt(costs), values(0.2, 0.2), 0.1).isinf().all()
-    assert dual_lambdas(torch.stack((costs, 1 - costs)), one_prompt(costs), values(0.2, 0.9), 0.1).isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------ the tail

@@ -52,7 +52,7 @@ ROOMS = {
     "cost_labels": ("data.batch data.table losses transforms", "torch numpy jaxtyping"),
     "legacy": ("kernels.risk", "torch jaxtyping"),
     "stories": ("", "torch"),
-    "world": ("kernels evaluation evaluation.tail", "torch jaxtyping"),
+    "world": ("kernels evaluation evaluation.tail transforms", "torch jaxtyping"),
     "tabular": ("kernels losses world", "torch jaxtyping"),
     "dual": ("", "torch jaxtyping"),
     "tail_dual": ("dual evaluation.tail", "torch jaxtyping"),

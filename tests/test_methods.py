@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from rsa_lightning.cli import main
-from rsa_lightning.config import load_file
+from rsa_lightning.config import load_file, load_layers
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "configs/methods").glob("*.yaml"))
 BETA, LAM, CONSERVATIVE = 0.1, 2.0, 10.0
 SAFETY = BETA / LAM
-SCALED = None  # s * beta / lam, with s of the data: checked against the scale that the run notes
+SCALED = None  # s * beta / lam, with s of the data as the run notes it and lam as the layers say
 
 # method -> its steps after the warm-up, with the temperature of those that train
 SINGLE = {"reward": BETA}
@@ -73,10 +73,13 @@ TINY = {
 }
 
 
+def layers(method: str) -> list[Path]:
+    return [ROOT / "configs" / name for name in ("quickstart.yaml", f"methods/{method}.yaml", "debug.yaml")]
+
+
 def run(method: str, output: Path) -> dict:
-    layers = [ROOT / "configs" / name for name in ("quickstart.yaml", f"methods/{method}.yaml", "debug.yaml")]
     options = [text for key, value in TINY.items() for text in (f"--{key}", str(value))]
-    files = [text for layer in layers for text in ("-c", str(layer))]
+    files = [text for layer in layers(method) for text in ("-c", str(layer))]
     assert main(["align", *files, "--output", str(output), *options]) == 0
     return json.loads((output / "manifest.json").read_text())
 
@@ -93,8 +96,11 @@ def test_a_method_runs_and_its_steps_have_the_temperatures_of_the_theory(method,
     for name, expected in STEPS[method].items():
         if isinstance(expected, str):
             assert steps[name]["kind"] == expected
-        elif expected is not None:
-            assert steps[name]["temperature"] == pytest.approx(expected)
+            continue
+        if expected is SCALED:
+            assert steps[name]["label_scale"] > 0
+            expected = steps[name]["label_scale"] * BETA / load_layers(layers(method))["lam"]
+        assert steps[name]["temperature"] == pytest.approx(expected)
     models = [model["name"] for model in json.loads((tmp_path / "run/results.json").read_text())["models"]]
     assert models == ["warmup", *(name for name, kind in STEPS[method].items() if kind != "label")]
 

@@ -132,6 +132,19 @@ def test_a_changed_step_reruns_itself_only_when_it_is_the_last(copy):
     assert "safety: runs again, changed: step.loss" in printed
 
 
+def test_the_report_shows_a_risk_where_the_loss_reads_one(copy):
+    """RSA with the weight 0 is DPO whatever its risk; what is said of a step does not depend on when it was trained."""
+
+    def cells() -> list[str]:
+        rows = [line.split(" | ") for line in (copy / "report.md").read_text().splitlines()]
+        return next(row[2:4] for row in rows if row[0] == "| safety (safety)")
+
+    assert cells() == ["RSA", "CVaR"]
+    for _ in range(2):  # trained, then reused
+        run(STORIES, copy, steps={"safety": {"loss": {"class_path": "RSA", "init_args": {"risk_weight": 0.0}}}})
+        assert cells() == ["RSA(risk_weight=0.0)", ""]
+
+
 def test_a_changed_step_reruns_what_starts_from_it(copy):
     _, printed = run(STORIES, copy, steps={"reward": {"temperature": 0.5}})
     assert "warmup: reused" in printed

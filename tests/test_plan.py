@@ -95,6 +95,19 @@ MISTAKES = {
         {"steps": {"a": {"kind": "reward", "trainr": {}}}},
         r"steps.a.trainr: unknown key; known are kind, start",
     ),
+    "a top key misspelt": (
+        {"steps": {"a": {"kind": "reward"}}, "ouput": "runs"},
+        r"^ouput: unknown key; known are model, data, output.*\. Did you mean output\?$",
+    ),
+    "a step key misspelt": (
+        {"steps": {"a": {"kind": "reward", "temprature": 0.1}}},
+        r"^steps.a.temprature: unknown key; known are kind, start.*\. Did you mean temperature\?$",
+    ),
+    "a key near no other": (
+        {"steps": {"a": {"kind": "reward", "epochs": 2}}},
+        r"^steps.a.epochs: unknown key; known are kind, start.*, targets$",
+    ),
+    "a number as key": ({"steps": {"a": {"kind": "reward", 1: 2}}}, "^steps.a.1: unknown key"),
     "unknown kind": ({"steps": {"a": {"kind": "rewards"}}}, r"steps.a: .*kind.*rewards"),
     "no kind": ({"steps": {"a": {}}}, r"steps.a: .*required: kind"),
     "no steps": ({"steps": {}}, "steps: give at least one"),

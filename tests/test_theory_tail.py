@@ -10,6 +10,7 @@ from benchmarks.theory.fixtures import bandit, two_ways_out
 from benchmarks.theory.tail import label_populations, label_world, local_maxima
 from rsa_lightning.losses import DPO
 from rsa_lightning.tabular import gradient, pair_objective, soft_labels, train
+from rsa_lightning.transforms import Hinge, Indicator
 from rsa_lightning.world import (
     Policy,
     TokenWorld,
@@ -19,10 +20,8 @@ from rsa_lightning.world import (
     exceedance,
     expectation,
     gibbs,
-    hinge,
     hinge_optimum,
     hinge_worths,
-    indicator,
     kl,
     stepwise,
     var,
@@ -48,7 +47,7 @@ def test_a_chance_constraint_is_an_ordinary_cost_of_zero_and_one(size, mass):
     assert found.lam > 0
     assert exceedance(found.policy, world.cost, threshold) == pytest.approx(mass, abs=1e-9)
     assert var(found.policy, world.cost, 1.001 * mass) <= threshold
-    unsafe = indicator(world.cost, threshold)
+    unsafe = Indicator(threshold)(world.cost)
     steps = stepwise(world.reference, [(world.reward, BETA), (-unsafe, BETA / found.lam)])
     assert distance(steps, found.policy) < 1e-12
     # the labels of the safety step say which answer is over the threshold, not by how much
@@ -62,7 +61,7 @@ def test_a_chance_constraint_is_an_ordinary_cost_of_zero_and_one(size, mass):
 def test_hard_labels_with_smoothing_are_exact_for_a_cost_of_two_values(size, smoothing):
     """1 − ε = σ(s) at s = log((1 − ε)/ε): the temperature is s β/λ. Pairs on one side of the threshold have target ½."""
     world = TokenWorld.random(*size)
-    found, unsafe = chance_optimum(world, BETA, 0.5, 0.02), indicator(world.cost, 0.5)
+    found, unsafe = chance_optimum(world, BETA, 0.5, 0.02), Indicator(0.5)(world.cost)
     aligned = gibbs(world.reference, world.reward, BETA)
     scale = math.log((1 - smoothing) / smoothing)
     pairs = soft_labels(world.reference, -1e9 * unsafe)
@@ -128,7 +127,7 @@ def test_the_hinge_optimum_is_the_best_policy_for_cvar(size, lam, mass):
     assert best == pytest.approx(worth(world, aligned, BETA) + worths.max().item(), abs=1e-9)
     low, high = world.cost.min().item(), world.cost.max().item()
     for other in torch.linspace(low - 1, high, 60, dtype=torch.float64).tolist():
-        policy = gibbs(aligned, -hinge(world.cost, other, mass), BETA / lam)
+        policy = gibbs(aligned, -Hinge(other, mass)(world.cost), BETA / lam)
         assert value(policy) <= best + 1e-12
     for i in range(60):
         noise = 10 ** (-3 * i / 60)
@@ -146,9 +145,9 @@ def test_the_hinge_bounds_cvar_from_above_and_touches_it_at_var(size):
     for policy in random_policies(world, 10):
         exact = cvar(policy, world.cost, 0.1)
         for eta in torch.linspace(-2, 10, 25, dtype=torch.float64).tolist():
-            assert eta + expectation(policy, hinge(world.cost, eta, 0.1)) >= exact - 1e-12
+            assert eta + expectation(policy, Hinge(eta, 0.1)(world.cost)) >= exact - 1e-12
         eta = var(policy, world.cost, 0.1)
-        assert eta + expectation(policy, hinge(world.cost, eta, 0.1)) == pytest.approx(exact, abs=1e-10)
+        assert eta + expectation(policy, Hinge(eta, 0.1)(world.cost)) == pytest.approx(exact, abs=1e-10)
 
 
 def test_eta_is_var_of_the_optimum_and_not_of_the_reward_aligned_policy():
@@ -160,7 +159,7 @@ def test_eta_is_var_of_the_optimum_and_not_of_the_reward_aligned_policy():
     assert var(optimum, world.cost, mass) == pytest.approx(eta, abs=1e-12)
     guess = var(aligned, world.cost, mass)
     assert guess == pytest.approx(4.138833, abs=5e-7)
-    other = gibbs(aligned, -hinge(world.cost, guess, mass), BETA / lam)
+    other = gibbs(aligned, -Hinge(guess, mass)(world.cost), BETA / lam)
     values = [worth(world, policy, BETA) - lam * cvar(policy, world.cost, mass) for policy in (optimum, other)]
     assert values[0] - values[1] == pytest.approx(0.964913, abs=5e-7)
 
@@ -183,8 +182,8 @@ def test_there_are_several_local_maxima():
 
 
 def eta_worth(aligned: Policy, world: TokenWorld, lam: float, mass: float, eta: float) -> float:
-    policy = gibbs(aligned, -hinge(world.cost, eta, mass), BETA / lam)
-    return -lam * (eta + expectation(policy, hinge(world.cost, eta, mass))) - BETA * kl(policy, aligned)
+    policy = gibbs(aligned, -Hinge(eta, mass)(world.cost), BETA / lam)
+    return -lam * (eta + expectation(policy, Hinge(eta, mass)(world.cost))) - BETA * kl(policy, aligned)
 
 
 def test_no_multiplier_reaches_some_budgets_of_cvar():
@@ -232,7 +231,7 @@ def test_soft_labels_of_the_hinge_have_the_optimum_at_every_scale(size, scale):
     world, lam, mass = TokenWorld.random(*size), 0.3, 0.2
     aligned = gibbs(world.reference, world.reward, BETA)
     optimum, eta = hinge_optimum(aligned, world.cost, lam, mass, BETA)
-    pairs = soft_labels(world.reference, -scale * hinge(world.cost, eta, mass))
+    pairs = soft_labels(world.reference, -scale * Hinge(eta, mass)(world.cost))
     objective = pair_objective(DPO(beta=scale * BETA / lam), aligned, pairs)
     assert gradient(objective, optimum) < 1e-12
     assert gradient(objective, aligned) > 1e-4

@@ -61,22 +61,13 @@ def summary(by_world: Mapping[int, Sequence[Record]]) -> dict[str, Any]:
                 values = [
                     value
                     for points in by_world.values()
-                    if (value := over_temperatures(points, how, measure, lam)) is not None
+                    if (value := at_multiplier(points, how, measure, lam)) is not None
                 ]
                 cells[measure] = spread(values)
                 if measure != "cvar5":  # the only ones that are drawn world by world
                     cells[measure].pop("values", None)
             found.setdefault(how, {})[str(lam)] = cells
     return found
-
-
-def over_temperatures(points: Sequence[Record], how: str, measure: str, lam: float) -> float | None:
-    """The value at the first temperature whose path reaches the multiplier."""
-    for beta in sorted({point["beta"] for point in points}, reverse=True):
-        found = at_multiplier([point for point in points if point["beta"] == beta], how, measure, lam)
-        if found is not None:
-            return found
-    return None
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -9,14 +9,14 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
 from torch import Tensor
 
 from rsa_lightning.legacy import LegacyCVaR
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, PreferenceLoss
-from rsa_lightning.tabular import bradley_terry, pair_objective, rated_objective, settle, win_rates
+from rsa_lightning.tabular import Population, bradley_terry, pair_objective, rated_objective, settle, win_rates
 from rsa_lightning.temperatures import stage_betas
+from rsa_lightning.transforms import CostTransform, Exponential, Indicator
 from rsa_lightning.world import (
     Policy,
     TokenWorld,
@@ -50,17 +50,14 @@ Path = Callable[[float], Policy]
 
 @dataclass(frozen=True)
 class Method:
-    """`path(world, beta)` at every strength, for every temperature."""
+    """`path(world, beta)` at every strength; `trained`: its policies have no closed form, and take time."""
 
     name: str
     group: str
     path: Callable[[TokenWorld, float], Path]
     strengths: Sequence[float] = LAMS
-    betas: Sequence[float] = (BETA,)
-
-    @property
-    def trained(self) -> bool:
-        return self.strengths is FEW_LAMS
+    beta: float = BETA
+    trained: bool = False
 
 
 # ------------------------------------------------------------------------------------------------- closed forms
@@ -71,8 +68,8 @@ def sacpo(world: TokenWorld, beta: float) -> Path:
     return lambda lam: gibbs(start, -world.cost, beta / lam)
 
 
-def on_cost(transform: Callable[[Tensor], Tensor]) -> Callable[[TokenWorld, float], Path]:
-    """SACPO with a function of the cost in its place."""
+def on_cost(transform: CostTransform) -> Callable[[TokenWorld, float], Path]:
+    """SACPO with a transform of the cost in its place."""
 
     def path(world: TokenWorld, beta: float) -> Path:
         start = gibbs(world.reference, world.reward, beta)
@@ -154,18 +151,22 @@ def naive_merge(world: TokenWorld, beta: float) -> Path:
 
 def safe_dpo(world: TokenWorld, beta: float) -> Path:
     """What SafeDPO's loss tends to: the reward's optimum among safe responses. The path is that of its temperature."""
-    unsafe = (world.cost > 0).double()
+    unsafe = Indicator(0.0)(world.cost)
     return lambda strength: gibbs(world.reference, world.reward - 1e3 * unsafe, beta / strength)
 
 
 # ------------------------------------------------------------------------------------------------------ trained
 
 
-def trained(loss: Callable[[float], PreferenceLoss], risk: RiskMeasure | None) -> Callable[[TokenWorld, float], Path]:
-    """Two steps of a pairwise loss on Bradley-Terry preferences, each from the policy before."""
+def trained(
+    loss: Callable[[float], PreferenceLoss],
+    risk: RiskMeasure | None,
+    population: Callable[[Policy, Tensor], Population] = bradley_terry,
+) -> Callable[[TokenWorld, float], Path]:
+    """Two steps of a pairwise loss, each from the policy before, on the pairs that `population` makes of the scores."""
 
     def step(reference: Policy, scores: Tensor, beta: float) -> Policy:
-        return settle(pair_objective(loss(beta), reference, bradley_terry(reference, scores), risk), reference, STEPS)
+        return settle(pair_objective(loss(beta), reference, population(reference, scores), risk), reference, STEPS)
 
     def path(world: TokenWorld, beta: float) -> Path:
         start = step(world.reference, world.reward, beta)
@@ -188,16 +189,16 @@ def with_kto(first: str, second: str) -> Callable[[TokenWorld, float], Path]:
     return path
 
 
+def cdpo(beta: float) -> DPO:
+    return DPO(beta=beta, label_smoothing=0.1)
+
+
 def v2(beta: float) -> RSA:
     return RSA(beta=beta, risk_weight=0.5, detach_chosen_risk=True)
 
 
-def indicator(threshold: float) -> Callable[[Tensor], Tensor]:
-    return lambda cost: (cost > threshold).double()
-
-
-def exponential(mu: float) -> Callable[[Tensor], Tensor]:
-    return lambda cost: torch.expm1(mu * cost) / mu
+def by_training(name: str, group: str, path: Callable[[TokenWorld, float], Path], beta: float = BETA) -> Method:
+    return Method(name, group, path, FEW_LAMS, beta, trained=True)
 
 
 @functools.cache
@@ -221,26 +222,21 @@ def family() -> dict[str, Method]:
         Method("parallel, CVaR(0.1)", "nested risk", parallel(CVaR(0.1))),
         Method("hinge, worst 5 %", "transformed cost", hinge(0.05), log_spaced(0.003, 2.0, 10)),
         Method("hinge, worst 1 %", "transformed cost", hinge(0.01), log_spaced(0.001, 1.0, 10)),
-        Method("indicator, cost > 0", "transformed cost", on_cost(indicator(0.0)), log_spaced(0.02, 10.0, 10)),
-        Method("indicator, cost > 1", "transformed cost", on_cost(indicator(GRAVE)), log_spaced(0.02, 10.0, 10)),
-        Method("exponential, mu 0.5", "transformed cost", on_cost(exponential(0.5)), log_spaced(0.003, 2.0, 10)),
+        Method("indicator, cost > 0", "transformed cost", on_cost(Indicator(0.0)), log_spaced(0.02, 10.0, 10)),
+        Method("indicator, cost > 1", "transformed cost", on_cost(Indicator(GRAVE)), log_spaced(0.02, 10.0, 10)),
+        Method("exponential, mu 0.5", "transformed cost", on_cost(Exponential(0.5)), log_spaced(0.003, 2.0, 10)),
         Method("SafeDPO", "one shot", safe_dpo, log_spaced(0.05, 2.0, 10)),
         *(
-            Method(name, "nested risk, v2", trained(v2, risk), FEW_LAMS, (LOW_BETA,))
+            by_training(name, "nested risk, v2", trained(v2, risk), LOW_BETA)
             for name, risk in {
                 "TDPO2": KL(),
                 **{f"RSA v2 {name}": risk for name, risk in risks.items()},
                 "Ra-DPO v2, published estimator": LegacyCVaR(0.95),
             }.items()
         ),
-        Method("DPO, then KTO", "other losses", with_kto("dpo", "kto"), FEW_LAMS),
-        Method("KTO, then DPO", "other losses", with_kto("kto", "dpo"), FEW_LAMS),
-        Method("IPO", "other losses", trained(lambda beta: IPO(beta=beta), None), FEW_LAMS),
-        Method(
-            "cDPO, 10 % flips",
-            "other losses",
-            trained(lambda beta: DPO(beta=beta, label_smoothing=0.1), None),
-            FEW_LAMS,
-        ),
+        by_training("DPO, then KTO", "other losses", with_kto("dpo", "kto")),
+        by_training("KTO, then DPO", "other losses", with_kto("kto", "dpo")),
+        by_training("IPO", "other losses", trained(lambda beta: IPO(beta=beta), None)),
+        by_training("cDPO, 10 % flips", "other losses", trained(cdpo, None)),
     ]
     return {method.name: method for method in found}

@@ -15,11 +15,11 @@ import torch
 from rsa_kernels import ERM, CVaR, RiskMeasure
 from torch import Tensor
 
-from benchmarks.exact_tail.match import at_reward, at_reward_and_kl, at_value
-from benchmarks.exact_tail.methods import BETA, GRAVE, LAMS, STEPS, as_far, log_spaced, v2
-from benchmarks.exact_tail.study import measure, world_of
-from rsa_lightning.losses import DPO, RSA, PreferenceLoss
-from rsa_lightning.tabular import Population, bradley_terry, pair_objective, settle
+from benchmarks.exact_tail.methods import BETA, GRAVE, LAMS, as_far, log_spaced, trained, v2
+from benchmarks.exact_tail.study import measure, record, world_of
+from rsa_lightning.losses import DPO, RSA
+from rsa_lightning.tabular import Population, bradley_terry
+from rsa_lightning.transforms import Hinge
 from rsa_lightning.world import (
     Policy,
     TokenWorld,
@@ -66,21 +66,9 @@ def limited_control(seed: int) -> dict[str, list[dict[str, Any]]]:
     world = world_of(seed)
     known = what_is_controlled(world)
 
-    def whole(policy: Policy) -> Policy:
-        return (*policy, *world.reference[CONTROLLED:])
-
-    def record(policy: Policy, strength: float) -> dict[str, Any]:
-        point = measure(world, whole(policy))
-        plain = {
-            "reward": at_reward(known, BETA, point["reward"]),
-            "value": at_value(known, BETA, point["value"]),
-            "reward and KL": at_reward_and_kl(known, point["reward"], point["kl"]),
-        }
-        matched = {
-            how: None if other is None else {"lam": other[0], **measure(world, whole(other[1]))}
-            for how, other in plain.items()
-        }
-        return {"beta": BETA, "strength": strength, **point, "sacpo": matched}
+    def figures(policy: Policy) -> dict[str, float]:
+        """Of whole responses."""
+        return measure(world, (*policy, *world.reference[CONTROLLED:]))
 
     found = {}
     for name, risk in NESTED.items():
@@ -90,10 +78,10 @@ def limited_control(seed: int) -> dict[str, list[dict[str, Any]]]:
             return token_optimum(reference, [(values, beta)], risk)
 
         beta, start = as_far(known, BETA, lambda b: first_tokens(known.reference, world.reward, b))
-        found[name] = [record(first_tokens(start, -world.cost, beta / lam), lam) for lam in LAMS]
+        found[name] = [record(known, first_tokens(start, -world.cost, beta / lam), BETA, lam, figures) for lam in LAMS]
     start = gibbs(known.reference, known.reward, BETA)
     found["hinge, worst 5 %"] = [
-        record(limited_hinge(world, start, lam), lam) for lam in log_spaced(0.003, 2.0, len(LAMS))
+        record(known, limited_hinge(world, start, lam), BETA, lam, figures) for lam in log_spaced(0.003, 2.0, len(LAMS))
     ]
     return found
 
@@ -102,13 +90,13 @@ def limited_hinge(world: TokenWorld, start: Policy, lam: float) -> Policy:
     """The hinge's optimum over policies of the first tokens: the cost (c − η)₊/a is averaged over what follows."""
     tail_mass, law = 0.05, prefix_logps(start)[-1].flatten(1)
 
-    def tilt(eta: Tensor) -> Tensor:
-        return given_prefix(world.reference, (world.cost - eta).clamp(min=0) / tail_mass, CONTROLLED)
+    def tilt(eta: float) -> Tensor:
+        return given_prefix(world.reference, Hinge(eta, tail_mass)(world.cost), CONTROLLED)
 
-    def worth(eta: Tensor) -> Tensor:
-        return BETA * (law - lam * tilt(eta) / BETA).logsumexp(-1).mean() - lam * eta
+    def worth(eta: float) -> float:
+        return float(BETA * (law - lam * tilt(eta) / BETA).logsumexp(-1).mean()) - lam * eta
 
-    eta = max(world.cost.flatten().unique(), key=lambda eta: float(worth(eta)))
+    eta = max(world.cost.flatten().unique().tolist(), key=worth)
     return gibbs(start, -tilt(eta), BETA / lam)
 
 
@@ -131,31 +119,26 @@ def out_of_support(seed: int) -> dict[str, list[dict[str, Any]]]:
     """Method -> records of policies trained without half of the catastrophes, and measured with them."""
     world = world_of(seed)
     seen = compared(world, seed)
-    kinds: dict[str, tuple[type[PreferenceLoss] | Any, RiskMeasure | None]] = {
-        "SACPO": (lambda beta: DPO(beta=beta), None),
-        "RSA v1 CVaR(0.97)": (v1, CVaR(0.97)),
-        "RSA v1 CVaR(0.1)": (v1, CVaR(0.1)),
-        "RSA v2 CVaR(0.97)": (v2, CVaR(0.97)),
-        "RSA v2 CVaR(0.1)": (v2, CVaR(0.1)),
+
+    def population(reference: Policy, scores: Tensor) -> Population:
+        return among(bradley_terry(reference, scores), seen)
+
+    paths = {
+        "SACPO": trained(lambda beta: DPO(beta=beta), None, population),
+        "RSA v1 CVaR(0.97)": trained(v1, CVaR(0.97), population),
+        "RSA v1 CVaR(0.1)": trained(v1, CVaR(0.1), population),
+        "RSA v2 CVaR(0.97)": trained(v2, CVaR(0.97), population),
+        "RSA v2 CVaR(0.1)": trained(v2, CVaR(0.1), population),
     }
     found = {}
-    for name, (loss, risk) in kinds.items():
-
-        def step(reference: Policy, scores: Tensor, beta: float, loss: Any = loss, risk: Any = risk) -> Policy:
-            population = among(bradley_terry(reference, scores), seen)
-            return settle(pair_objective(loss(beta), reference, population, risk), reference, STEPS)
-
-        start = step(world.reference, world.reward, BETA)
-        found[name] = [_beside_none(world, step(start, -world.cost, BETA / lam), lam) for lam in TRAINED_LAMS]
+    for name, path in paths.items():
+        policy = path(world, BETA)
+        found[name] = [{"beta": BETA, "strength": lam, **measure(world, policy(lam))} for lam in TRAINED_LAMS]
     return found
 
 
 def v1(beta: float) -> RSA:
     return RSA(beta=beta, risk_weight=1.0, detach_chosen_risk=False)
-
-
-def _beside_none(world: TokenWorld, policy: Policy, lam: float) -> dict[str, Any]:
-    return {"beta": BETA, "strength": lam, **measure(world, policy)}
 
 
 REGIMES = {"limited control": limited_control, "out of support": out_of_support}

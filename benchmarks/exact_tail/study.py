@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,40 @@ def measure(world: TokenWorld, policy: Policy) -> dict[str, float]:
     }
 
 
-def matched(world: TokenWorld, point: dict[str, float]) -> dict[str, dict[str, float] | None]:
-    """SACPO where it has the same reward, the same value, and the same reward and KL: its figures, its multiplier."""
+def matched(
+    world: TokenWorld, point: dict[str, float], figures: Callable[[Policy], dict[str, float]]
+) -> dict[str, dict[str, float] | None]:
+    """SACPO where it has the same reward, the same value, and the same reward and KL: its multiplier, its figures.
+
+    Args:
+        world: where that SACPO is searched.
+        point: figures of the policy that it is to equal.
+        figures: what is measured of a policy of that world.
+    """
     found = {
         "reward": at_reward(world, BETA, point["reward"]),
         "value": at_value(world, BETA, point["value"]),
         "reward and KL": at_reward_and_kl(world, point["reward"], point["kl"]),
     }
-    return {
-        how: None if other is None else {"lam": other[0], **measure(world, other[1])} for how, other in found.items()
-    }
+    return {how: None if other is None else {"lam": other[0], **figures(other[1])} for how, other in found.items()}
+
+
+def record(
+    world: TokenWorld,
+    policy: Policy,
+    beta: float,
+    strength: float,
+    figures: Callable[[Policy], dict[str, float]],
+) -> dict[str, Any]:
+    """A policy's figures, beside those of the SACPO of `world` that equals it."""
+    point = figures(policy)
+    return {"beta": beta, "strength": strength, **point, "sacpo": matched(world, point, figures)}
 
 
 def records(world: TokenWorld, method: Method) -> list[dict[str, Any]]:
-    """One record for every temperature and strength of a method."""
-    found = []
-    for beta in method.betas:
-        path = method.path(world, beta)
-        for strength in method.strengths:
-            point = measure(world, path(strength))
-            found.append({"beta": beta, "strength": strength, **point, "sacpo": matched(world, point)})
-    return found
+    """One record for every strength of a method."""
+    path, figures = method.path(world, method.beta), partial(measure, world)
+    return [record(world, path(strength), method.beta, strength, figures) for strength in method.strengths]
 
 
 def run(folder: Path, seeds: Sequence[int], methods: Sequence[Method]) -> None:
@@ -77,4 +91,4 @@ def file_of(folder: Path, seed: int, name: str) -> Path:
 
 def fingerprint(method: Method) -> dict[str, Any]:
     """What of a method decides its records, apart from the code."""
-    return {"name": method.name, "strengths": list(method.strengths), "betas": list(method.betas)}
+    return {"name": method.name, "strengths": list(method.strengths), "beta": method.beta}

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from rsa_lightning.tabular import Objective, TabularPolicy
+from rsa_lightning.transforms import Hinge, Indicator
 from rsa_lightning.world import (
     Policy,
     TokenWorld,
     expectation,
     gibbs,
-    hinge,
     hinge_worths,
-    indicator,
     kl,
     lagrangian_optimum,
     multipliers,
@@ -49,7 +48,7 @@ def budgeted(world: TokenWorld, beta: float, cost: Tensor, budget: float) -> Con
 
 def chance_optimum(world: TokenWorld, beta: float, threshold: float, mass: float) -> Constrained:
     """max E r − β KL subject to P(c > threshold) ≤ mass: linear in the policy, so an ordinary cost of 0 and 1."""
-    return budgeted(world, beta, indicator(world.cost, threshold), mass)
+    return budgeted(world, beta, Indicator(threshold)(world.cost), mass)
 
 
 def cantelli_optimum(
@@ -93,7 +92,7 @@ def cvar_optimum(world: TokenWorld, beta: float, budget: float, mass: float) -> 
     found = []
     for eta in world.cost.flatten().unique().tolist():
         try:
-            found.append(budgeted(world, beta, hinge(world.cost, eta, mass), budget - eta))
+            found.append(budgeted(world, beta, Hinge(eta, mass)(world.cost), budget - eta))
         except ValueError:  # not with this η
             continue
     if not found:

@@ -11,6 +11,7 @@ from benchmarks.theory.fixtures import BETA, shortcuts, tensor, two_ways_out
 from benchmarks.theory.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, saved
 from rsa_lightning.losses import DPO
 from rsa_lightning.tabular import Population, gradient, pair_objective, soft_labels, train
+from rsa_lightning.transforms import Hinge
 from rsa_lightning.world import (
     Policy,
     TokenWorld,
@@ -19,7 +20,6 @@ from rsa_lightning.world import (
     exceedance,
     expectation,
     gibbs,
-    hinge,
     hinge_optimum,
     hinge_worths,
     kl,
@@ -73,7 +73,7 @@ def _hinge() -> dict[str, float]:
     policy, eta = hinge_optimum(aligned, world.cost, LAM, MASS, BETA)
     # the η that a look at the reward-aligned model gives
     naive_eta = var(aligned, world.cost, MASS)
-    naive = gibbs(aligned, -hinge(world.cost, naive_eta, MASS), BETA / LAM)
+    naive = gibbs(aligned, -Hinge(naive_eta, MASS)(world.cost), BETA / LAM)
     mean = matched(world, kl(policy, world.reference))
     found = {
         "hinge: local maxima": float(len(local_maxima(etas, worths))),
@@ -123,7 +123,7 @@ def label_world() -> tuple[TokenWorld, Policy, Policy, Tensor]:
     world = TokenWorld.random(0, vocabulary=3, length=3, prompts=1, catastrophic=0.15)
     aligned = gibbs(world.reference, world.reward, BETA)
     optimum, eta = hinge_optimum(aligned, world.cost, LABEL_LAM, LABEL_MASS, BETA)
-    return world, aligned, optimum, hinge(world.cost, eta, LABEL_MASS)
+    return world, aligned, optimum, Hinge(eta, LABEL_MASS)(world.cost)
 
 
 def label_populations() -> dict[str, tuple[DPO, Population]]:
