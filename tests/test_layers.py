@@ -97,6 +97,11 @@ ROOMS = {
     "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
     "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
     "reference": ("adapters models data.batch", "torch"),
+    "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
+    "vocab_parallel": (
+        "kernels kernels.checks kernels.loop kernels.naive kernels.pairs kernels.risk kernels.workspace vocab_rows",
+        "torch jaxtyping",
+    ),
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "stages": (
