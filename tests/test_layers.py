@@ -102,6 +102,8 @@ ROOMS = {
         "kernels kernels.checks kernels.loop kernels.naive kernels.pairs kernels.risk kernels.workspace vocab_rows",
         "torch jaxtyping",
     ),
+    "tensor_parallel": ("kernels models vocab_parallel", "torch jaxtyping"),
+    "clipping": ("", "torch jaxtyping"),
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "stages": (
