@@ -27,12 +27,13 @@ from rsa_lightning.reference import FrozenCopy
 from rsa_lightning.stages import RewardAlignment
 from rsa_lightning.tensor_parallel import VocabParallelHead, parallelize
 
-SIZES = {"vocab_size": 62, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {"vocab_size": 62, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0}
 MODELS = {
     "llama": {"model_type": "llama"},
     "llama, tied, with biases": {
         "model_type": "llama",
+        "num_hidden_layers": 2,
         "tie_word_embeddings": True,
         "attention_bias": True,
         "mlp_bias": True,
@@ -181,9 +182,15 @@ def held(rank: int) -> dict[str, Any]:
     parallelize(policy, mesh)
     untouched.requires_grad_(False)
     parallelize(untouched, mesh)
+    normed = fresh("qwen3", torch.float32)
+    parallelize(normed, mesh)
+    normed.states(collate(pairs())).sum().backward()
     with CommDebugMode() as sent:
         policy.states(collate(pairs())).sum().backward()
     return {
+        "unsummed": [
+            n for n, p in normed.named_parameters() if isinstance(p.grad, DTensor) and p.grad.placements != p.placements
+        ],
         "names": list(before) == [name for name, _ in policy.named_parameters()],
         "weights": all(torch.equal(whole(p), before[name]) for name, p in policy.named_parameters()),
         "tied": policy.head.weight is policy.model.get_input_embeddings().weight,
@@ -204,6 +211,7 @@ def test_a_rank_holds_its_part_and_names_stay():
         assert found["head"]
         assert found["frozen"] == ["model.model.norm.weight"]
         assert found["thawed"] == []
+        assert found["unsummed"] == []  # norms of heads, to whose gradient each rank contributes
         assert found["bytes"] == found["halves"]  # no shard is a view of the whole weight
         # of each of the 2 blocks: attention and MLP, forward and backward; q, k and v enter as one
         assert found["sent"] == 2 * 2 * 2
