@@ -101,6 +101,15 @@ ROOMS = {
     "processes": ("parsing", "torch lightning"),
     "strategy": ("models parsing sharding", "torch lightning transformers"),
     "saving": ("adapters checkpoint models sharding", "torch transformers"),
+    "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
+    "reference": ("adapters models data.batch", "torch"),
+    "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
+    "vocab_parallel": (
+        "kernels kernels.checks kernels.loop kernels.naive kernels.pairs kernels.risk kernels.workspace vocab_rows",
+        "torch jaxtyping",
+    ),
+    "tensor_parallel": ("kernels models vocab_parallel", "torch jaxtyping"),
+    "clipping": ("", "torch jaxtyping"),
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "stages": (
