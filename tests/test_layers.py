@@ -101,8 +101,6 @@ ROOMS = {
     "processes": ("parsing", "torch lightning"),
     "strategy": ("models parsing sharding", "torch lightning transformers"),
     "saving": ("adapters checkpoint models sharding", "torch transformers"),
-    "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
-    "reference": ("adapters models data.batch", "torch"),
     "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
     "vocab_parallel": (
         "kernels kernels.checks kernels.loop kernels.naive kernels.pairs kernels.risk kernels.workspace vocab_rows",
