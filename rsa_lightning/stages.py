@@ -4,6 +4,8 @@ import abc
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, Literal, cast, final
 
 import lightning as L
@@ -19,9 +21,18 @@ from rsa_lightning.cost_labels import CostLabels, check_state
 from rsa_lightning.data.batch import ROLES, PreferenceBatch
 from rsa_lightning.losses import RSA, PreferenceLoss, SequenceStats
 from rsa_lightning.metrics import WeightedMeans, per_row, preference_metrics
-from rsa_lightning.models import Policy, PolicySpec, load_policy
+from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
 from rsa_lightning.optim import Schedule
-from rsa_lightning.reference import Reference, check_continued, check_start, start_of
+from rsa_lightning.reference import (
+    Reference,
+    check_continued,
+    check_start,
+    own_states,
+    start_gap,
+    start_of,
+    working_dtype,
+)
+from rsa_lightning.scoring import scoring_of
 from rsa_lightning.temperatures import Parametrization, resolve_temperature
 from rsa_lightning.transforms import CostTransform
 
@@ -237,6 +248,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
         # not a submodule: not trained, not in the checkpoint
         self.__dict__["reference"] = reference or start_of(policy)
         check_continued(self.reference, policy)
+        name = type(loss).__name__
+        self.reference.check_loss(name, reads_risk=loss.reads_risk, mismatched=loss.needs_baseline)
         self._agreement_checked = False
 
     def configure_model(self) -> None:
@@ -247,6 +260,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
     def on_fit_start(self) -> None:
         assert self.policy is not None
         self.reference.place(self.policy)
+        with self._precision():
+            self.reference.fill(self.policy, partial(scoring_of, self.trainer, self.policy_spec, self.policy))
 
     def on_validation_start(self) -> None:
         self.on_fit_start()
@@ -268,7 +283,10 @@ class AlignmentStage(PolicyStage, abc.ABC):
             self.check_agreement(batch)
             self._agreement_checked = True
 
-    @torch.no_grad()
+    def _precision(self) -> AbstractContextManager[None]:
+        """That in which the trainer calls the steps."""
+        return self.trainer.precision_plugin.forward_context()
+
     def check_agreement(self, batch: PreferenceBatch) -> None:
         """Stops a stage whose policy is not its reference: it would spend its first steps on the difference.
 
@@ -276,11 +294,10 @@ class AlignmentStage(PolicyStage, abc.ABC):
             ValueError: with the largest difference and the likely cause.
         """
         assert self.policy is not None
-        self.policy.eval()
-        tokens = self.policy(batch, self.reference.states(batch), None, impl=self.impl)
-        self.policy.train()
-        gap = tokens.logratio.abs().max().item() if tokens.logp.numel() else 0.0
-        check_start(gap, self.policy.head.weight.dtype, self.policy_spec, self.reference)
+        # two live models are compared as exactly as their weights allow
+        with nullcontext() if self.reference.live else self._precision():
+            gap, dtype = start_gap(self.policy, batch, self.reference, impl=self.impl), working_dtype(self.policy)
+        check_start(gap.item(), dtype, self.policy_spec, self.reference)
 
     def sequence_stats(
         self, batch: PreferenceBatch, risk: RiskMeasure | None
@@ -288,7 +305,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         """Per-token statistics of the batch, and those of chosen and rejected responses."""
         assert self.policy is not None
         options = {"risk_over_logp": self._risk_over_logp(batch), "strategy": self.strategy, "impl": self.impl}
-        tokens = self.policy(batch, self.reference.states(batch), risk, **options)
+        tokens = self.policy(batch, self._reference_states(batch), risk, **options)
         logratio = per_row(tokens.logratio, batch)
         total = (
             None if tokens.risk is None else nested_risk(tokens.risk, batch["cu_seqlens"], discount=self.discount).total
@@ -307,6 +324,17 @@ class AlignmentStage(PolicyStage, abc.ABC):
 
         return tokens, side(0), side(1)
 
+    def _reference_states(self, batch: PreferenceBatch) -> ReferenceStates:
+        """Before the first update those of the policy itself, where a reference is not live and its risk is trained on.
+
+        There every outcome has the log-ratio 0, and CVaR has a kink: the rounding of another batch would decide which
+        outcomes are the worst, and an unmoved policy would get a gradient that a live reference does not give it.
+        """
+        assert self.policy is not None
+        if self.reference.live or not self.loss.reads_risk or not self.trainer.training or self.global_step > 0:
+            return self.reference.states(batch)
+        return own_states(self.policy, batch)
+
     def _risk_over_logp(self, batch: PreferenceBatch) -> Tensor | None:
         """The ratio of the loss's gradients at every token, where it is known: a frozen head then costs less."""
         if not self.loss.reads_risk or self.loss.risk_over_logratio is None:
@@ -319,7 +347,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
 
     def shared_step(self, batch: PreferenceBatch, split: str) -> Tensor:
         # a loss that reads no risk trains without it (two label log-probs per token), and is still measured on it
-        risk = None if split == "train" and not self.loss.reads_risk else self.risk
+        unread = split == "train" and not self.loss.reads_risk
+        risk = None if unread or not self.reference.knows_distribution else self.risk
         tokens, chosen, rejected = self.sequence_stats(batch, risk)
         target = batch["target"] if self.labels is None else self.labels.targets(batch)
         terms = self.loss(chosen, rejected, target=target, offset=batch["offset"])

@@ -96,11 +96,20 @@ ROOMS = {
     "decoding": ("weights", "torch transformers jaxtyping"),
     "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
     "merge": ("adapters checkpoint data.tokenize hub members models weights", "torch safetensors"),
-    "reference": ("adapters models data.batch", "torch"),
+    "scoring": (
+        "adapters checkpoint data.batch data.tokenize hub models",
+        "torch lightning",
+    ),
+    "reference": ("adapters models scoring data.batch", "torch"),
+    "hidden_store": ("checkpoint", "torch numpy safetensors"),
+    "hidden_cache": (
+        "checkpoint data.batch data.cache hidden_store models reference scoring",
+        "torch numpy lightning",
+    ),
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "stages": (
-        "kernels adapters cost_labels data.batch losses metrics models optim reference temperatures transforms",
+        "kernels adapters cost_labels data.batch losses metrics models optim reference scoring temperatures transforms",
         "torch lightning jaxtyping",
     ),
     "supervised": ("kernels data.batch models optim stages", "torch"),
@@ -132,7 +141,7 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config legacy losses models reference supervised stages transforms data.datamodule",
+        "callbacks config hidden_cache legacy losses models reference supervised stages transforms data.datamodule",
         "lightning",
     ),
     "evaluation.comparison": (
