@@ -94,6 +94,15 @@ class Lineage:
 
         A step with an adapter needs no second copy of what it starts from: that is the policy, its new adapter off.
         """
+        cache = self.config.steps[name].reference_cache
+        if cache is not None:
+            if self.reference(name) != self.start(name):
+                raise ValueError(
+                    f"reference_cache is of the model that the step starts from, {self.start(name)}, and reference "
+                    f"names {self.reference(name)}: remove one of the two"
+                )
+            arguments = {"folder": cache} if isinstance(cache, str) else dict(cache)
+            return {"class_path": "rsa_lightning.hidden_cache.HiddenCache", "init_args": arguments}
         adapted = adapter_of(self.config.steps[name], self.config) is not None
         if adapted and self.reference(name) == self.start(name):
             return {"class_path": "rsa_lightning.reference.AdapterOff"}

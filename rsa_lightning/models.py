@@ -79,13 +79,17 @@ class PolicySpec:
 
 
 class ReferenceStates(NamedTuple):
-    """What the reference says about a batch: hidden states of the N scored positions, and the head that reads them."""
+    """What the reference says about a batch: hidden states of the N scored positions, and the head that reads them.
 
-    hidden: Float[Tensor, "N R"]
+    Or, where `logp` is given, the log-probabilities of the labels and nothing else; `risk` must then be None.
+    """
+
+    hidden: Float[Tensor, "N R"] | None
     weight: Float[Tensor, "V R"] | None  # None: the policy's own head, frozen
     bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    logp: Float[Tensor, " N"] | None = None
 
 
 class RiskHead(nn.Linear):
@@ -119,8 +123,9 @@ class RiskHead(nn.Linear):
     ) -> TokenStats:
         mine: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
         how: dict[str, Any] = {"entropy": entropy, "strategy": strategy, "impl": impl}
-        if reference is None:
-            return linear_token_risk(hidden, self.weight, None, None, labels, None, **mine, **how)
+        if reference is None or reference.logp is not None:
+            stats = linear_token_risk(hidden, self.weight, None, None, labels, risk, **mine, **how)  # refuses a risk
+            return stats if reference is None else stats._replace(ref_logp=cast(Tensor, reference.logp))
         if reference.weight is None:
             frozen = None if self.bias is None else self.bias.detach()
             reference = ReferenceStates(reference.hidden, self.weight.detach(), frozen, self.scale, self.softcap)

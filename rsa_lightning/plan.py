@@ -27,6 +27,7 @@ LOOSE: dict[str, tuple[type, ...]] = {
     "lora": (dict, bool),
     "models": (dict,),
     "scorer": (str, dict),
+    "reference_cache": (str, dict),
 }
 # what `rsa align --help` says of the keys; each is explained in the classes below
 KEYS = """keys of a configuration, each also an option (--lam 4, --steps.safety.loss DPO):
@@ -36,6 +37,7 @@ KEYS = """keys of a configuration, each also an option (--lam 4, --steps.safety.
   data.options.KEY                              arguments of PreferenceData, `rsa fit --help` lists them under data
   lora.rank, lora.alpha, ..., handover merge|stack, quantize 4bit|8bit
   steps.NAME.{kind, start, reference, data, loss, risk, temperature, lora, optimizer, schedule, trainer}; null: no step
+  steps.NAME.reference_cache FOLDER             the reference on disk in place of a second model; .folder .keep .build
   steps.NAME.{cost_transform, label_scale}      of a step of kind safety: MeanCost, Indicator, Hinge, Exponential
   steps.NAME.{models, adapter, scale, scorer, lam, targets}  of steps that train nothing: kind merge, mix or label
   evaluation.{scorer, prompts, sampling.KEY, pairs, resamples, figures, show_examples}
@@ -146,6 +148,8 @@ class StepConfig:
         start: an earlier step, `base`, or a model folder; default: the step before.
         reference: likewise; default: where the step starts. Its weights must equal those of the start, or the stage
             refuses to train: it would first undo the difference. A warm-up has none.
+        reference_cache: a folder, or a mapping {folder, keep, build}, arguments of HiddenCache: the reference is
+            computed once and kept there, of any number of runs, and no second model is held.
         data: a source (demonstrations, helpful, safety), a list of them, or a mapping {source: ..., and arguments of
             PreferenceData}; default by kind.
         loss, risk: class paths with init_args, as in `rsa fit`.
@@ -169,6 +173,7 @@ class StepConfig:
     kind: Literal["warmup", "reward", "safety", "merge", "mix", "label"]
     start: str | None = None
     reference: str | None = None
+    reference_cache: Any = None
     data: str | list[str] | dict[str, Any] | None = None
     loss: Any = None
     risk: Any = None
@@ -278,7 +283,7 @@ def _check_order(config: AlignConfig) -> None:
             if target is not None:
                 _check_target(config, f"steps.{name}.{key}", target, earlier)
         if step.kind == "warmup":
-            for key in ("reference", "loss", "risk", "temperature"):
+            for key in ("reference", "reference_cache", "loss", "risk", "temperature"):
                 if getattr(step, key) is not None:
                     raise ValueError(f"steps.{name}.{key}: a warm-up has none; remove it")
         for key in ("cost_transform", "label_scale"):

@@ -3,14 +3,16 @@
 import abc
 import copy
 from collections.abc import Callable
-from typing import final
+from typing import Any, ClassVar, final
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from rsa_lightning.adapters import adapter_off
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
+from rsa_lightning.scoring import Scoring
 from rsa_lightning.sharding import is_sharded
 
 # max |log policy - log reference|, nats per token, on the first batch: the same weights differ by rounding only
@@ -24,7 +26,27 @@ def load_frozen(spec: PolicySpec) -> Policy:
 
 
 class Reference(abc.ABC):
-    """Gives hidden states and a head for any batch: the whole reference distribution is known at every token."""
+    """Gives hidden states and a head for any batch: the whole reference distribution is known at every token.
+
+    Attributes:
+        live: whether it is computed batch by batch beside the policy, so that equal weights give equal numbers.
+        knows_distribution: whether there is more than the log-probabilities of labels.
+    """
+
+    live: ClassVar[bool] = True
+
+    @property
+    def knows_distribution(self) -> bool:
+        return True
+
+    def check_loss(self, name: str, *, reads_risk: bool, mismatched: bool) -> None:  # noqa: B027 (a live one says all)
+        """Raises ValueError where a loss asks for what this reference cannot say.
+
+        Args:
+            name: of the loss.
+            reads_risk: whether it needs the distribution.
+            mismatched: whether it scores prompts with responses of other examples, which change with the batch.
+        """
 
     @abc.abstractmethod
     def prepare(self, policy: Policy, load: Callable[[PolicySpec], Policy] = load_frozen) -> None:
@@ -37,6 +59,9 @@ class Reference(abc.ABC):
     @abc.abstractmethod
     def place(self, policy: Policy) -> None:
         """Moves to the policy's device and dtype."""
+
+    def fill(self, policy: Policy, scoring: Callable[[], Scoring]) -> None:  # noqa: B027 (a live one is asked later)
+        """Called where a run begins, under the run's precision: a chance to compute what `states` will be asked."""
 
     @abc.abstractmethod
     def states(self, batch: PreferenceBatch) -> ReferenceStates:
@@ -143,9 +168,45 @@ def check_continued(reference: Reference, policy: PolicySpec) -> None:
         )
 
 
+def working_dtype(policy: Policy) -> torch.dtype:
+    """The dtype in which the head's products are made: that of its weights, or of autocast."""
+    device = policy.head.weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else policy.head.weight.dtype
+
+
+@torch.no_grad()
+def own_states(policy: Policy, batch: PreferenceBatch) -> ReferenceStates:
+    """What a reference with the policy's present weights says: without gradient, in eval mode."""
+    training = policy.training
+    hidden, head = policy.eval().states(batch), policy.head
+    policy.train(training)
+    return ReferenceStates(hidden, None, scale=head.scale, softcap=head.softcap)
+
+
+@torch.no_grad()
+def start_gap(policy: Policy, batch: PreferenceBatch, reference: Reference, **options: Any) -> Tensor:
+    """max |log policy - log reference| over the tokens of a batch, in eval mode, nats.
+
+    In low precision, of a reference that is not live, the mean: rows of another batch are rounded otherwise, which
+    moves single tokens of equal models by more than `check_start` tolerates.
+    """
+    training = policy.training
+    policy.eval()
+    apart = policy(batch, reference.states(batch), None, **options).logratio.abs()
+    policy.train(training)
+    if not apart.numel():
+        return apart.new_zeros(())
+    return apart.max() if reference.live or working_dtype(policy) in STEP0_TOLERANCE else apart.mean()
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Of `start_gap`."""
+    return STEP0_TOLERANCE.get(dtype, STEP0_TOLERANCE_LOW_PRECISION)
+
+
 def check_start(gap: float, dtype: torch.dtype, policy: PolicySpec, reference: Reference) -> None:
     """Raises ValueError where policy and reference are `gap` nats per token apart before the first update."""
-    tolerance = STEP0_TOLERANCE.get(dtype, STEP0_TOLERANCE_LOW_PRECISION)
+    tolerance = tolerance_of(dtype)
     if not gap <= tolerance:
         raise ValueError(
             "policy and reference differ before the first update: max |log policy - log reference| is "

@@ -12,7 +12,7 @@ from rsa_lightning.hub import is_hub_name
 from rsa_lightning.kinds import SOURCES
 from rsa_lightning.labels import check_pairs
 from rsa_lightning.plan import AlignConfig, StepConfig
-from rsa_lightning.stages import PolicyStage
+from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.steps import CRITERIA, early_steps, is_late, label_steps, labelled_data, sources_of
 
 

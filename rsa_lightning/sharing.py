@@ -46,6 +46,7 @@ def trained_inputs(
     trainer = merge(config.trainer, settings.pop("trainer"))
     for key in ("start", "reference", "data", "temperature", "lora"):  # resolved below
         settings.pop(key)
+    settings.pop("reference_cache")  # where the reference's states lie, not what they are
     near = [lineage.start(name)] if step.kind == "warmup" else [lineage.start(name), lineage.reference(name)]
     return {
         "step": settings,

@@ -2,193 +2,38 @@
 
 import abc
 import logging
-import warnings
-from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal, cast, final
 
-import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rsa_kernels import CVaR, Impl, RiskMeasure, Strategy, TokenStats, nested_risk
-from torch import Tensor, nn
+from torch import Tensor
 
-from rsa_lightning.adapters import base_fingerprint
 from rsa_lightning.cost_labels import KEY as LABELS_KEY
 from rsa_lightning.cost_labels import CostLabels, check_state
 from rsa_lightning.data.batch import ROLES, PreferenceBatch
 from rsa_lightning.losses import RSA, PreferenceLoss, SequenceStats
-from rsa_lightning.metrics import WeightedMeans, per_row, preference_metrics
-from rsa_lightning.models import Policy, PolicySpec, load_policy
+from rsa_lightning.metrics import per_row, preference_metrics
+from rsa_lightning.models import PolicySpec, ReferenceStates
 from rsa_lightning.optim import Schedule
-from rsa_lightning.reference import Reference, check_continued, check_start, start_of
-from rsa_lightning.strategy import FSDP2
+from rsa_lightning.policy_stage import OptimizerCallable, PolicyStage
+from rsa_lightning.reference import (
+    Reference,
+    check_continued,
+    check_start,
+    own_states,
+    start_gap,
+    start_of,
+    working_dtype,
+)
+from rsa_lightning.scoring import scoring_of
 from rsa_lightning.temperatures import Parametrization, resolve_temperature
 from rsa_lightning.transforms import CostTransform
 
 log = logging.getLogger(__name__)
-
-OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
-
-BASE_KEY = "base_fingerprint"  # in checkpoints that hold an adapter alone
-
-
-class PolicyStage(L.LightningModule, abc.ABC):
-    """A policy in training: builds it, optimises it, stops on a loss that is not finite, and logs weighted means.
-
-    With an adapter, checkpoints hold what is trained and a fingerprint of what is not.
-    """
-
-    roles: tuple[str, ...] = ROLES[:1]  # the rows this stage needs in a batch; the data module asks for it
-    needs_pairs: bool = False  # whether every example must have all of them
-
-    def __init__(self, policy: PolicySpec, optimizer: OptimizerCallable, schedule: Schedule | None, impl: Impl) -> None:
-        super().__init__()
-        self.policy_spec, self.optimizer, self.schedule, self.impl = policy, optimizer, schedule, impl
-        self.policy: Policy | None = None
-        self.strict_loading = policy.lora is None  # else on_load_checkpoint checks
-        self._logged_step = 0
-        self._gradients_checked = False
-        self._means = {"train": WeightedMeans(), "val": WeightedMeans(), "test": WeightedMeans()}
-
-    def check_precision(self, precision: str) -> None:
-        """Raises ValueError where the trainer would cast an adapter, which is trained in float32."""
-        if self.policy_spec.lora is not None and precision.endswith("-true") and precision != "32-true":
-            raise ValueError(
-                f"adapters are trained in float32, and trainer.precision {precision} would cast them: set it to "
-                "32-true or bf16-mixed, and dtype of the model to hold the frozen weights in low precision"
-            )
-
-    def configure_model(self) -> None:
-        if self.policy is None:
-            data = getattr(self.trainer, "datamodule", None)
-            self.policy = self._load(self.policy_spec).train()
-            self.policy.check_length(data.lengths.max_length if data else 0)
-
-    def _load(self, spec: PolicySpec, *, frozen: bool = False) -> Policy:
-        """A policy on one device, or sharded over those of the trainer."""
-        tokenizer, strategy = getattr(self.trainer.datamodule, "tokenizer", None), self.trainer.strategy  # type: ignore[attr-defined]
-        if isinstance(strategy, FSDP2):
-            return strategy.load(spec, tokenizer, frozen=frozen)
-        return load_policy(spec, tokenizer)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(list(self._trainable().values()))
-        if self.schedule is None:
-            return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
-        # that opened the training batches before a checkpoint's progress is restored: they must be opened again, or a
-        # resumed run would begin its epoch anew
-        self.trainer.fit_loop._combined_loader = None
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.schedule.build(optimizer, total), "interval": "step"},
-        }
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained. Raises ValueError where there are none, or an adapter lost its precision."""
-        found = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if not found:
-            raise ValueError("no parameter of the policy is trainable: nothing would be learnt")
-        dtypes = {parameter.dtype for parameter in found.values()}
-        if self.policy_spec.lora is not None and dtypes != {torch.float32}:
-            raise ValueError(
-                "adapters are trained in float32, and trainer.precision has cast them to "
-                f"{', '.join(map(str, dtypes))}: set policy.dtype to hold the frozen weights in low precision, and "
-                "trainer.precision to 32-true or bf16-mixed"
-            )
-        return found
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._gradients_checked:
-            return
-        self._gradients_checked = True
-        idle = [name for name, parameter in self._trainable().items() if parameter.grad is None]
-        if idle:
-            log.warning(
-                "%d trainable parameters got no gradient in the first step, so they stay as they are: %s",
-                len(idle),
-                ", ".join(idle[:5]) + (", ..." if idle[5:] else ""),
-            )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.policy_spec.lora is not None:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: state[name] for name in self._trainable()}
-            checkpoint[BASE_KEY] = base_fingerprint(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError where the checkpoint is not of this adapter, or of another model below it."""
-        if self.policy_spec.lora is None:
-            return
-        found = checkpoint.get("state_dict", self._trainable())  # that of a sharded checkpoint is read by the strategy
-        for name in sorted(self._trainable().keys() ^ found.keys()):
-            where = "no trained parameter here" if name in found else "missing in the checkpoint"
-            raise ValueError(
-                f"the checkpoint is of another adapter: {name} is {where}. Resume with the policy it was trained with"
-            )
-        if checkpoint.get(BASE_KEY) != base_fingerprint(self):
-            raise ValueError(
-                "the checkpoint holds an adapter of another model: the frozen weights differ from those it was trained "
-                "on. Resume with the same policy.model, policy.adapters, policy.dtype and policy.quantize"
-            )
-
-    def read_data(self, data: Any) -> None:
-        """What a stage has to know of its data, a `PreferenceData`, before it trains. Raises ValueError."""
-
-    @abc.abstractmethod
-    def shared_step(self, batch: PreferenceBatch, split: str) -> Tensor:
-        """The mean loss of a batch; updates the running means of `split`."""
-
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        loss = self.shared_step(batch, "train")
-        if not torch.isfinite(loss):  # before backward, so that the optimizer never sees it
-            raise FloatingPointError(
-                f"the loss is {loss.item()} in batch {batch_idx} of epoch {self.current_epoch} "
-                f"(rows {', '.join(batch['row_ids'])}); the weights were not updated. "
-                "Lower the learning rate, or look at these rows"
-            )
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
-
-    @property
-    def log_every(self) -> int:
-        return self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-
-    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
-        step = self.global_step  # unchanged by the micro-batches that only accumulate
-        if step != self._logged_step and (step == 1 or step % self.log_every == 0):
-            self._log_training(step)
-
-    def on_train_end(self) -> None:
-        # the last steps, when log_every_n_steps does not divide their number; a few alone would be a noisy last point
-        if 2 * (self.global_step - self._logged_step) >= self.log_every:
-            self._log_training(self.global_step)
-
-    def _log_training(self, step: int) -> None:
-        self._logged_step = step
-        means = _under("train", self._means["train"].read())
-        for logger in self.loggers:
-            logger.log_metrics(means | {"epoch": self.current_epoch}, step)
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.shared_step(batch, "val")
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.shared_step(batch, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_means("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_means("test")
-
-    def _log_means(self, split: str) -> None:
-        with warnings.catch_warnings():
-            # the means are already reduced over ranks, which is what this warning asks for
-            warnings.filterwarnings("ignore", message=".*sync_dist.*")
-            self.log_dict(_under(split, self._means[split].read()))
 
 
 class AlignmentStage(PolicyStage, abc.ABC):
@@ -247,6 +92,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
         # not a submodule: not trained, not in the checkpoint
         self.__dict__["reference"] = reference or start_of(policy)
         check_continued(self.reference, policy)
+        name = type(loss).__name__
+        self.reference.check_loss(name, reads_risk=loss.reads_risk, mismatched=loss.needs_baseline)
         self._agreement_checked = False
 
     def configure_model(self) -> None:
@@ -257,6 +104,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
     def on_fit_start(self) -> None:
         assert self.policy is not None
         self.reference.place(self.policy)
+        with self._precision():
+            self.reference.fill(self.policy, partial(scoring_of, self.trainer, self.policy_spec, self.policy))
 
     def on_validation_start(self) -> None:
         self.on_fit_start()
@@ -278,7 +127,10 @@ class AlignmentStage(PolicyStage, abc.ABC):
             self.check_agreement(batch)
             self._agreement_checked = True
 
-    @torch.no_grad()
+    def _precision(self) -> AbstractContextManager[None]:
+        """That in which the trainer calls the steps."""
+        return self.trainer.precision_plugin.forward_context()
+
     def check_agreement(self, batch: PreferenceBatch) -> None:
         """Stops a stage whose policy is not its reference: it would spend its first steps on the difference.
 
@@ -286,12 +138,11 @@ class AlignmentStage(PolicyStage, abc.ABC):
             ValueError: with the largest difference and the likely cause.
         """
         assert self.policy is not None
-        self.policy.eval()
-        tokens = self.policy(batch, self.reference.states(batch), None, impl=self.impl)
-        self.policy.train()
-        gap = tokens.logratio.abs().max() if tokens.logp.numel() else tokens.logp.new_zeros(())
-        gap = cast(Tensor, self.all_gather(gap)).max().item()  # all processes stop, or none
-        check_start(gap, self.policy.head.weight.dtype, self.policy_spec, self.reference)
+        # two live models are compared as exactly as their weights allow
+        with nullcontext() if self.reference.live else self._precision():
+            gap, dtype = start_gap(self.policy, batch, self.reference, impl=self.impl), working_dtype(self.policy)
+        gap = cast(Tensor, self.all_gather(gap)).max()  # all processes stop, or none
+        check_start(gap.item(), dtype, self.policy_spec, self.reference)
 
     def sequence_stats(
         self, batch: PreferenceBatch, risk: RiskMeasure | None
@@ -299,7 +150,7 @@ class AlignmentStage(PolicyStage, abc.ABC):
         """Per-token statistics of the batch, and those of chosen and rejected responses."""
         assert self.policy is not None
         options = {"risk_over_logp": self._risk_over_logp(batch), "strategy": self.strategy, "impl": self.impl}
-        tokens = self.policy(batch, self.reference.states(batch), risk, **options)
+        tokens = self.policy(batch, self._reference_states(batch), risk, **options)
         logratio = per_row(tokens.logratio, batch)
         total = (
             None if tokens.risk is None else nested_risk(tokens.risk, batch["cu_seqlens"], discount=self.discount).total
@@ -318,6 +169,17 @@ class AlignmentStage(PolicyStage, abc.ABC):
 
         return tokens, side(0), side(1)
 
+    def _reference_states(self, batch: PreferenceBatch) -> ReferenceStates:
+        """Before the first update those of the policy itself, where a reference is not live and its risk is trained on.
+
+        There every outcome has the log-ratio 0, and CVaR has a kink: the rounding of another batch would decide which
+        outcomes are the worst, and an unmoved policy would get a gradient that a live reference does not give it.
+        """
+        assert self.policy is not None
+        if self.reference.live or not self.loss.reads_risk or not self.trainer.training or self.global_step > 0:
+            return self.reference.states(batch)
+        return own_states(self.policy, batch)
+
     def _risk_over_logp(self, batch: PreferenceBatch) -> Tensor | None:
         """The ratio of the loss's gradients at every token, where it is known: a frozen head then costs less."""
         if not self.loss.reads_risk or self.loss.risk_over_logratio is None:
@@ -330,7 +192,8 @@ class AlignmentStage(PolicyStage, abc.ABC):
 
     def shared_step(self, batch: PreferenceBatch, split: str) -> Tensor:
         # a loss that reads no risk trains without it (two label log-probs per token), and is still measured on it
-        risk = None if split == "train" and not self.loss.reads_risk else self.risk
+        unread = split == "train" and not self.loss.reads_risk
+        risk = None if unread or not self.reference.knows_distribution else self.risk
         tokens, chosen, rejected = self.sequence_stats(batch, risk)
         target = batch["target"] if self.labels is None else self.labels.targets(batch)
         terms = self.loss(chosen, rejected, target=target, offset=batch["offset"])
@@ -403,7 +266,3 @@ class SafetyAlignment(AlignmentStage):
         """Raises ValueError where the checkpoint is of other labels, or as every stage."""
         super().on_load_checkpoint(checkpoint)
         check_state(self.labels, checkpoint.get(LABELS_KEY))
-
-
-def _under(prefix: str, values: dict[str, Tensor]) -> dict[str, Any]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}

@@ -21,12 +21,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedTokenizerBase
 
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.parsing import first_line
 from rsa_lightning.sharding import Sharding, fill, set_gradient_sync, shard
+from rsa_lightning.tensor_parallel import parallelize
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class FSDP2(ModelParallelStrategy):
     Args:
         replicas: copies of the sharded model (HSDP): 1 shards over all processes; the number of nodes shards within a
             node and reduces gradients between nodes.
+        tensor_parallel: processes that share every matrix, and train on the same pairs; 1 for none. Llama, Mistral and
+            Qwen only; keep it within a node.
         activation_checkpointing: compute the activations of a block again in backward instead of keeping them.
         cpu_offload: keep weights, gradients and optimizer states in the memory of the host.
         compile: torch.compile each block.
@@ -58,6 +61,7 @@ class FSDP2(ModelParallelStrategy):
     def __init__(
         self,
         replicas: int = 1,
+        tensor_parallel: int = 1,
         activation_checkpointing: bool = False,
         cpu_offload: bool = False,
         compile: bool = False,
@@ -66,15 +70,17 @@ class FSDP2(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         timeout_minutes: float = 30.0,
     ) -> None:
-        if replicas < 1:
-            raise ValueError(f"strategy.replicas is a number of copies of the model, at least 1, got {replicas}")
+        for name, value in (("replicas", replicas), ("tensor_parallel", tensor_parallel)):
+            if value < 1:
+                raise ValueError(f"strategy.{name} is a number of processes, at least 1, got {value}")
         super().__init__(
             data_parallel_size=1,  # set from the world once it is known, never automatically
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             timeout=timedelta(minutes=timeout_minutes),
         )
-        self.replicas, self.reduce_every_microbatch = replicas, reduce_every_microbatch
+        self.replicas, self.tensor_parallel = replicas, tensor_parallel
+        self.reduce_every_microbatch = reduce_every_microbatch
         self._options = {
             "activation_checkpointing": activation_checkpointing,
             "cpu_offload": cpu_offload,
@@ -88,20 +94,19 @@ class FSDP2(ModelParallelStrategy):
         # not super(): it would set up a mesh of sizes that do not fit
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
-        if self.world_size % self.replicas:
-            raise ValueError(
-                f"strategy.replicas is {self.replicas}, which does not divide the run's {self.world_size} processes"
-            )
-        shards = self.world_size // self.replicas
-        self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
-        mesh = init_device_mesh(self.root_device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
-        self._device_mesh = mesh
+        self._device_mesh = make_mesh(self.root_device.type, self.world_size, self.replicas, self.tensor_parallel)
+        self._data_parallel_size = self.world_size // self.tensor_parallel
+        self._tensor_parallel_size = self.tensor_parallel
         assert self.lightning_module is not None
-        self.lightning_module._device_mesh = mesh
+        self.lightning_module._device_mesh = self._device_mesh
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        """Processes that share matrices are neighbours, and train on the same pairs."""
+        return {
+            "num_replicas": self.world_size // self.tensor_parallel,
+            "rank": self.global_rank // self.tensor_parallel,
+        }
 
     @property
     def sharding(self) -> Sharding:
@@ -137,6 +142,8 @@ class FSDP2(ModelParallelStrategy):
         for model in (policy, source):
             if model is not None:
                 _cast_weights(model, self._held(how, frozen))
+        if self.tensor_parallel > 1:
+            parallelize(policy, self.device_mesh["tensor"])
         shard(policy, how)
         fill(policy, source, self.root_device, how)
         return policy
@@ -229,6 +236,16 @@ class FSDP2(ModelParallelStrategy):
                 "policy it was trained with, and from a folder that is whole"
             ) from error
         return torch.load(path / META, map_location="cpu", weights_only=True)
+
+
+def make_mesh(device: str, world: int, replicas: int, tensor: int) -> DeviceMesh:
+    """Replicas x shards x tensor, over all processes. Raises ValueError where the sizes do not divide the world."""
+    if world % (replicas * tensor):
+        raise ValueError(
+            f"strategy.replicas {replicas} x tensor_parallel {tensor} does not divide the run's {world} processes"
+        )
+    sizes = (replicas, world // (replicas * tensor), tensor)
+    return init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.models import PolicySpec
 from rsa_lightning.optim import Schedule
-from rsa_lightning.stages import OptimizerCallable, PolicyStage
+from rsa_lightning.policy_stage import OptimizerCallable, PolicyStage
 
 
 @final

@@ -22,9 +22,10 @@ from rsa_lightning.data.records import PreferencePair
 from rsa_lightning.data.tokenize import Lengths, encode_records, pad_id
 from rsa_lightning.losses import RSA
 from rsa_lightning.models import PolicySpec, check_spec, load_policy
+from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.reference import AdapterOff, FrozenCopy
 from rsa_lightning.saving import save_adapter, save_policy
-from rsa_lightning.stages import PolicyStage, RewardAlignment, SafetyAlignment
+from rsa_lightning.stages import RewardAlignment, SafetyAlignment
 from rsa_lightning.supervised import SupervisedWarmup
 
 peft = pytest.importorskip("peft")

@@ -96,10 +96,19 @@ ROOMS = {
     "decoding": ("weights", "torch transformers jaxtyping"),
     "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
     "merge": ("adapters checkpoint data.tokenize hub members models saving weights", "torch safetensors"),
-    "reference": ("adapters models sharding data.batch", "torch"),
+    "scoring": (
+        "adapters checkpoint data.batch data.tokenize hub models",
+        "torch lightning",
+    ),
+    "reference": ("adapters models scoring sharding data.batch", "torch"),
+    "hidden_store": ("checkpoint", "torch numpy safetensors"),
+    "hidden_cache": (
+        "checkpoint data.batch data.cache hidden_store models reference scoring",
+        "torch numpy lightning",
+    ),
     "sharding": ("models", "torch"),
     "processes": ("parsing", "torch lightning"),
-    "strategy": ("models parsing sharding", "torch lightning transformers"),
+    "strategy": ("models parsing sharding tensor_parallel", "torch lightning transformers"),
     "saving": ("adapters checkpoint models sharding", "torch transformers"),
     "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
     "vocab_parallel": (
@@ -110,12 +119,16 @@ ROOMS = {
     "clipping": ("", "torch jaxtyping"),
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
+    "policy_stage": (
+        "kernels adapters clipping data.batch metrics models optim strategy",
+        "torch lightning",
+    ),
     "stages": (
-        "kernels adapters cost_labels data.batch losses metrics models optim reference strategy temperatures transforms",
+        "kernels cost_labels data.batch losses metrics models optim policy_stage reference scoring temperatures transforms",
         "torch lightning jaxtyping",
     ),
-    "supervised": ("kernels data.batch models optim stages", "torch"),
-    "callbacks": ("adapters checkpoint models saving sharding stages", "lightning"),
+    "supervised": ("kernels data.batch models optim policy_stage", "torch"),
+    "callbacks": ("adapters checkpoint models policy_stage saving sharding", "lightning"),
     "checkpoint": ("", ""),
     "manifest": ("checkpoint", ""),
     "sharing": ("checkpoint config lineage manifest plan", ""),
@@ -143,7 +156,7 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config legacy losses models processes reference strategy supervised stages transforms data.datamodule",
+        "callbacks config hidden_cache legacy losses models processes reference strategy supervised policy_stage transforms data.datamodule",
         "lightning",
     ),
     "evaluation.comparison": (
@@ -172,12 +185,12 @@ ROOMS = {
         "torch rich",
     ),
     "run_data": (
-        "checkpoint data.datamodule data.formats data.readers hub kinds labels plan stages steps",
+        "checkpoint data.datamodule data.formats data.readers hub kinds labels plan policy_stage steps",
         "",
     ),
     "pipeline": (
         "assess checkpoint data.datamodule data.tokenize derived fit lineage manifest models parsing plan processes "
-        "run_data saving sharing stages steps stories",
+        "policy_stage run_data saving sharing stages steps stories",
         "lightning rich",
     ),
     "budget": (

@@ -18,8 +18,9 @@ from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.merge import merge_models
 from rsa_lightning.models import PolicySpec
 from rsa_lightning.optim import Schedule
+from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.saving import save_policy
-from rsa_lightning.stages import PolicyStage, RewardAlignment, SafetyAlignment
+from rsa_lightning.stages import RewardAlignment, SafetyAlignment
 from rsa_lightning.supervised import SupervisedWarmup
 from rsa_lightning.tail_dual import threshold_at
 from rsa_lightning.transforms import CostTransform, Hinge, Indicator, MeanCost

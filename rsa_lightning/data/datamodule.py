@@ -315,7 +315,8 @@ class PreferenceData(L.LightningDataModule):
 
     @property
     def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+        """Processes with pairs of their own: those that share matrices count as one."""
+        return (self._sharing or {}).get("num_replicas", self.trainer.world_size if self.trainer else 1)
 
     @property
     def _accumulate(self) -> int:
@@ -328,7 +329,12 @@ class PreferenceData(L.LightningDataModule):
 
     @property
     def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
+        return (self._sharing or {}).get("rank", self.trainer.global_rank if self.trainer else 0)
+
+    @property
+    def _sharing(self) -> dict[str, Any] | None:
+        """How the strategy deals out data; None on a single device."""
+        return getattr(self.trainer, "distributed_sampler_kwargs", None)
 
     def _position(self) -> tuple[int, int]:
         """(epoch, batches begun in it) of the trainer. `ready` and not `completed`: saving happens between the two."""

@@ -61,6 +61,7 @@ class MixedPolicy:
     def __call__(self, batch: PreferenceBatch, reference: ReferenceStates, risk: RiskMeasure) -> TokenStats:
         """Token statistics as a `Policy` gives them, without gradients."""
         assert reference.weight is not None
+        assert reference.hidden is not None
         states = [(member.states(batch), member.head) for member in self.members]
         rows = max(1, LOGITS_BYTES // (4 * self.head.out_features * (len(states) + 2)))
         parts: list[TokenStats] = []
