@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 
+from rsa_lightning import packing
 from rsa_lightning.adapters import adapter_off
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
@@ -61,6 +62,7 @@ class FrozenCopy(Reference):
                 raise ValueError(
                     f"vocabulary mismatch: the policy has {mine} logits, the reference {self.model} has {theirs}"
                 )
+        packing.attend(frozen.model, packing.is_packed(policy.model))
         self._policy = frozen.requires_grad_(False).eval()
 
     def place(self, policy: Policy) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rsa_kernels import CVaR, Impl, RiskMeasure, Strategy, TokenStats, nested_risk
 from torch import Tensor, nn
 
+from rsa_lightning import packing
 from rsa_lightning.adapters import base_fingerprint
 from rsa_lightning.cost_labels import KEY as LABELS_KEY
 from rsa_lightning.cost_labels import CostLabels, check_state
@@ -63,6 +64,7 @@ class PolicyStage(L.LightningModule, abc.ABC):
             data = getattr(self.trainer, "datamodule", None)
             self.policy = load_policy(self.policy_spec, getattr(data, "tokenizer", None)).train()
             self.policy.check_length(data.lengths.max_length if data else 0)
+            packing.attend(self.policy.model, packed=getattr(data, "padding_free", False))
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(list(self._trainable().values()))
