@@ -6,6 +6,7 @@ between two rows is ever made. Which attention a model runs is in its configurat
 a saved model knows nothing of it.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,12 +102,14 @@ def packed_attention(
     unknown += ["attention_mask"] * (attention_mask is not None) + ["is_causal=False"] * (not causal)
     if unknown:
         raise ValueError(f"its attention uses {', '.join(unknown)}, which packed attention does not know")
+    query, key, value = (_autocast(x) for x in (query, key, value))
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if why_not_varlen(query, key, value, dropout, softcap, s_aux) is None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        bounds = {"cu_seq_q": cu_seq_lens_q, "cu_seq_k": cu_seq_lens_q, "max_q": max_length_q, "max_k": max_length_q}
-        sight = (-1 if window is None else window - 1, 0)  # keys before the query's own, and after it
-        out: Any = varlen_attn(q, k, v, **bounds, scale=scaling, window_size=sight, enable_gqa=True)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        options["window_size"] = (-1 if window is None else window - 1, 0)  # keys before the query's own, and after it
+        ends, longest = cu_seq_lens_q, max_length_q
+        out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, **options)
         return out[None], None
     lengths = [end - start for start, end in pairwise(row_bounds)]
     rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -115,6 +118,13 @@ def packed_attention(
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As scaled_dot_product_attention casts: rotary embeddings leave queries and keys in float32, values not."""
+    kind = x.device.type
+    wanted = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype == torch.float32
+    return x.to(torch.get_autocast_dtype(kind)) if wanted else x
 
 
 def why_not_varlen(
@@ -130,6 +140,8 @@ def why_not_varlen(
         return f"the tensors are in {', '.join(sorted(map(str, dtypes)))}, and it knows bfloat16 and float16"
     if query.shape[-1] != value.shape[-1] or query.shape[-1] % 8 or query.shape[-1] > 256:
         return f"heads have {query.shape[-1]} and {value.shape[-1]} entries: it takes equal multiples of 8, up to 256"
+    if query.shape[1] != key.shape[1] and "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        return f"in torch {torch.__version__} it has no key heads that several query heads share"
     asked = {"dropout": dropout > 0, "soft-cap": softcap is not None, "attention sinks": sinks is not None}
     lacking = [name for name, wanted in asked.items() if wanted]
     return f"it has no {' or '.join(lacking)}" if lacking else None

@@ -235,6 +235,23 @@ def test_what_would_be_left_out_is_an_error(given, message):
         packed_attention(torch.nn.Module(), *[torch.ones(1, 1, 2, 4)] * 3, **options)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_autocast_reaches_queries_keys_and_values(softcap, monkeypatch):
+    """Rotary embeddings give float32 queries and keys beside bfloat16 values, and the kernel takes one dtype."""
+    query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    asked = []
+    monkeypatch.setattr(
+        packing, "why_not_varlen", lambda *tensors: asked.append([x.dtype for x in tensors[:3]]) or "no"
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        options = {"softcap": softcap, **rows_of([4, 2])}
+        out, _ = packed_attention(torch.nn.Module(), query, key, value.bfloat16(), None, **options)
+    assert asked == [[torch.bfloat16] * 3]
+    assert out.dtype == torch.bfloat16
+    whole, _ = packed_attention(torch.nn.Module(), query, key, value, None, **options)
+    torch.testing.assert_close(out.float(), whole, rtol=0, atol=3e-2)
+
+
 REFUSED = {
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, "it has an attention of its own"),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "it ignores position ids or mixes rows"),
@@ -431,6 +448,43 @@ def test_an_architecture_is_refused_before_the_first_batch(pairs_file, tmp_path)
 def test_why_not_the_kernel():
     half = [torch.ones(1, 1, 1, 8, dtype=torch.bfloat16)] * 3
     assert why_not_varlen(*half, 0.0, None, None) == "the tensors are on cpu, and it needs CUDA"
+
+
+@pytest.mark.parametrize(("key_heads", "window"), [(2, None), (4, 3), (1, 3)])
+def test_what_the_kernel_is_asked(key_heads, window, monkeypatch):
+    """A stand-in that reads its arguments as the documentation says: the window counts keys before the query's own."""
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert cu_q is cu_k
+        assert cu_q.dtype == torch.int32
+        assert (max_q, max_k, enable_gqa) == (7, 7, key_heads < 4)
+        before, after = window_size
+        assert after == 0
+        lengths = cu_q.diff().tolist()
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return dense(q, k, v, lengths, scale, None if before == -1 else before + 1, None, None)[0]
+
+    monkeypatch.setattr(packing, "varlen_attn", stand_in)
+    monkeypatch.setattr(packing, "why_not_varlen", lambda *args: None)
+    lengths = [1, 7, 3]
+    tensors = [torch.randn(1, h, 11, 8, dtype=torch.float64) for h in (4, key_heads, key_heads)]
+    out, _ = packed_attention(torch.nn.Module(), *tensors, None, scaling=0.7, sliding_window=window, **rows_of(lengths))
+    torch.testing.assert_close(out, dense(*tensors, lengths, 0.7, window, None, None), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_the_kernel_of_this_torch_takes_these_arguments(key_heads, monkeypatch):
+    """On the meta device, where torch checks them and computes nothing."""
+    monkeypatch.setattr(packing, "why_not_varlen", lambda *args: None)
+    query, key, value = (
+        torch.randn(1, h, 11, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for h in (4, key_heads, key_heads)
+    )
+    rows = packed_inputs([0, 1, 8, 11], "meta")
+    del rows["position_ids"]
+    out, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=3, **rows)
+    assert out.shape == (1, 11, 4, 8)
+    assert torch.autograd.grad(out.sum(), key)[0].shape == key.shape
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
