@@ -241,6 +241,7 @@ BENCHMARKS = {
     "kernels": {"timing"},
     "aot": {"timing"},
     "step": {"timing"},
+    "scale": {"timing"},
     "gpu": {"kernels", "timing"},
     "tail_risk": {"timing"},
     "pending": {"kernels", "gpu"},
