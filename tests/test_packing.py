@@ -439,10 +439,14 @@ def test_rsa_fit_takes_it_from_the_command_line(pairs_file, tmp_path, monkeypatc
     assert "rsa_packed" not in "".join(f.read_text() for f in tmp_path.rglob("config.json"))
 
 
-def test_an_architecture_is_refused_before_the_first_batch(pairs_file, tmp_path):
-    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4}
+def test_an_architecture_is_refused_before_the_fit_starts(pairs_file, tmp_path):
+    started = []
+    watch = L.pytorch.callbacks.LambdaCallback(on_fit_start=lambda *args: started.append(args))
+    spec = PolicySpec(config={"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4})
+    data = PreferenceData(str(pairs_file), batch_size=4, max_length=64, padding_free=True)
     with pytest.raises(ValueError, match="BloomForCausalLM cannot be trained without padding"):
-        curve(pairs_file, tmp_path, lambda: RewardAlignment(PolicySpec(config=config), DPO(0.3)), padding_free=True)
+        trainer(tmp_path, callbacks=[watch]).fit(RewardAlignment(spec, DPO(0.3)), datamodule=data)
+    assert started == []
 
 
 def test_why_not_the_kernel():
