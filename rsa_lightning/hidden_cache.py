@@ -52,9 +52,11 @@ class Ids(NamedTuple):
 
 
 def rows_of(batch: PreferenceBatch) -> list[Ids]:
-    """The rows of a batch without their padding, on whichever side it is."""
+    """The rows of a batch without their padding, on whichever side it is, if there is any."""
     inside = batch["attention_mask"].cpu().bool()
-    ids, lengths = batch["input_ids"].cpu()[inside].numpy(), inside.sum(1)
+    bounds = batch["row_bounds"]
+    ids = batch["input_ids"].cpu()[inside].numpy()
+    lengths = inside.sum(1) if bounds is None else torch.tensor(bounds).diff()
     prompts = (lengths - batch["cu_seqlens"].cpu().diff()).tolist()
     rows = np.split(ids, lengths.cumsum(0)[:-1].numpy())
     return [Ids(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rsa_lightning import packing
 from rsa_lightning.adapters import (
     CONFIG,
     Lora,
@@ -201,12 +202,9 @@ class Policy(nn.Module):
         return self._states(batch)
 
     def _states(self, batch: PreferenceBatch) -> Float[Tensor, "N H"]:
-        mask = batch["attention_mask"]
-        # causal attention never reads padding on the right; without a mask it is faster, a tenth of a step on a CPU
-        given = (
-            {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if batch["left_padded"] else {}
-        )
-        hidden = self.model.base_model(input_ids=batch["input_ids"], use_cache=False, **given).last_hidden_state
+        packing.attend(self.model, packed=batch["row_bounds"] is not None)
+        inputs = packing.model_inputs(batch)
+        hidden = self.model.base_model(input_ids=batch["input_ids"], use_cache=False, **inputs).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch["positions"])
 
     def forward(

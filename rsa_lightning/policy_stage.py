@@ -11,6 +11,7 @@ import torch
 from rsa_kernels import Impl
 from torch import Tensor, nn
 
+from rsa_lightning import packing
 from rsa_lightning.adapters import base_fingerprint
 from rsa_lightning.clipping import clip_by_norm
 from rsa_lightning.data.batch import ROLES, PreferenceBatch
@@ -59,11 +60,14 @@ class PolicyStage(L.LightningModule, abc.ABC):
             self.policy.check_length(data.lengths.max_length if data else 0)
 
     def _load(self, spec: PolicySpec, *, frozen: bool = False) -> Policy:
-        """A policy on one device, or sharded over those of the trainer."""
-        tokenizer, strategy = getattr(self.trainer.datamodule, "tokenizer", None), self.trainer.strategy  # type: ignore[attr-defined]
+        """A policy on one device, or sharded over those of the trainer, which attends as the data is laid out."""
+        data, strategy = getattr(self.trainer, "datamodule", None), self.trainer.strategy
+        tokenizer, packed = getattr(data, "tokenizer", None), getattr(data, "padding_free", False)
         if isinstance(strategy, FSDP2):
-            return strategy.load(spec, tokenizer, frozen=frozen)
-        return load_policy(spec, tokenizer)
+            return strategy.load(spec, tokenizer, frozen=frozen, packed=packed)
+        policy = load_policy(spec, tokenizer)
+        packing.attend(policy.model, packed)
+        return policy
 
     def configure_gradient_clipping(
         self,

@@ -64,7 +64,7 @@ def scoring_of(trainer: Any, spec: PolicySpec, policy: Policy) -> Scoring:
         )
     return Scoring(
         sides={"train": data.train_examples, "validation": data.validation_examples},
-        collate=partial(chosen_batch, data.padding_side, pad_id(data.tokenizer), policy.head.weight.device),
+        collate=partial(chosen_batch, data.layout, pad_id(data.tokenizer), policy.head.weight.device),
         batch_rows=2 * data.batch_size,
         decided_by=lambda: {**decided_by(spec, policy, data), "precision": str(trainer.precision)},
         about={"model": spec.model or "fresh", "data": list(data.settings.paths), "template": data.settings.template},

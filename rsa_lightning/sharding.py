@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from rsa_lightning import packing
 from rsa_lightning.models import Policy
 
 PROBE = 16  # tokens of the forward that compares a sharded model with a plain copy
@@ -93,7 +94,7 @@ def blocks(policy: Policy) -> list[nn.Module]:
     return found
 
 
-def fill(policy: Policy, source: Policy | None, device: torch.device, how: Sharding) -> None:
+def fill(policy: Policy, source: Policy | None, device: torch.device, how: Sharding, packed: bool = False) -> None:
     """Gives a sharded policy on the meta device its weights: those of `source`, which the first process has.
 
     Materialising unties what was tied and leaves buffers that no state dict holds (rotary frequencies) as garbage:
@@ -116,6 +117,7 @@ def fill(policy: Policy, source: Policy | None, device: torch.device, how: Shard
         if source is not None:
             buffer.data.copy_(plain[name])
         dist.broadcast(buffer.data, src=0)
+    packing.attend(policy.model, packed, check=False)  # the plain copy has been checked
     _verify(policy, source, device, how)
 
 
@@ -175,7 +177,13 @@ def _verify(policy: Policy, source: Policy | None, device: torch.device, how: Sh
 def _hidden(policy: Policy, ids: Tensor) -> Tensor:
     """Hidden states of one row of tokens, through the forward that gathers weights."""
     at = torch.arange(ids.shape[1], device=ids.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "left_padded": False, "positions": at}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "left_padded": False,
+        "row_bounds": [0, PROBE // 2, PROBE] if packing.is_packed(policy.model) else None,
+        "positions": at,
+    }
     found = policy.states(batch)  # type: ignore[arg-type]
     if isinstance(policy, FSDPModule):
         # what is still gathered would be taken for the parameter itself, by an optimizer for example

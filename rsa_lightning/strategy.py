@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedTokenizerBase
 
+from rsa_lightning import packing
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.parsing import first_line
 from rsa_lightning.sharding import Sharding, fill, set_gradient_sync, shard
@@ -122,11 +123,19 @@ class FSDP2(ModelParallelStrategy):
 
     # ------------------------------------------------------------------- models
 
-    def load(self, spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None, *, frozen: bool = False) -> Policy:
+    def load(
+        self,
+        spec: PolicySpec,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        frozen: bool = False,
+        packed: bool = False,
+    ) -> Policy:
         """The policy of a specification, sharded over all processes; each of them calls this.
 
         Args:
             frozen: it is not trained, and held in the precision that it is computed in.
+            packed: it attends within the rows of packed batches.
 
         Raises:
             ValueError: quantised weights cannot be sharded; otherwise as `load_policy`.
@@ -134,7 +143,7 @@ class FSDP2(ModelParallelStrategy):
         """
         if spec.quantize is not None:
             raise ValueError("policy.quantize: weights in 4 or 8 bits cannot be sharded; drop it, or take strategy ddp")
-        source = self._first(lambda: load_policy(spec, tokenizer))
+        source = self._first(lambda: _plain(spec, tokenizer, packed))
         policy = load_policy(spec, tokenizer, weights=False)
         how = self.sharding
         if frozen:
@@ -145,7 +154,7 @@ class FSDP2(ModelParallelStrategy):
         if self.tensor_parallel > 1:
             parallelize(policy, self.device_mesh["tensor"])
         shard(policy, how)
-        fill(policy, source, self.root_device, how)
+        fill(policy, source, self.root_device, how, packed)
         return policy
 
     def _held(self, how: Sharding, frozen: bool) -> torch.dtype | None:
@@ -260,6 +269,12 @@ def check_strategy(strategy: Strategy) -> None:
             "trainer.strategy fsdp (FSDP1) gathers the head outside the operator that reads it, and cannot be tested "
             "without GPUs. Set trainer.strategy to FSDP2"
         )
+
+
+def _plain(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None, packed: bool) -> Policy:
+    policy = load_policy(spec, tokenizer)
+    packing.attend(policy.model, packed)
+    return policy
 
 
 def _cast_weights(policy: Policy, dtype: torch.dtype | None) -> None:

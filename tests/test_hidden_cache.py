@@ -22,8 +22,9 @@ from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.hidden_cache import HiddenCache, Ids, Rows, rows_of
 from rsa_lightning.hidden_store import HiddenStore, Layout
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, TDPO
-from rsa_lightning.models import PolicySpec, load_policy, save_policy
+from rsa_lightning.models import PolicySpec, load_policy
 from rsa_lightning.reference import AdapterOff, FrozenCopy
+from rsa_lightning.saving import save_policy
 from rsa_lightning.scoring import Scoring, chosen_batch
 from rsa_lightning.stages import RewardAlignment, SafetyAlignment
 

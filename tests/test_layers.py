@@ -88,8 +88,9 @@ ROOMS = {
         "numpy torch lightning transformers",
     ),
     "adapters": ("parsing", "torch transformers safetensors peft"),
+    "packing": ("data.batch parsing", "torch transformers jaxtyping"),
     "models": (
-        "kernels adapters data.batch parsing",
+        "kernels adapters data.batch packing parsing",
         "torch transformers safetensors jaxtyping",
     ),
     "weights": ("", ""),
@@ -106,9 +107,9 @@ ROOMS = {
         "checkpoint data.batch data.cache hidden_store models reference scoring",
         "torch numpy lightning",
     ),
-    "sharding": ("models", "torch"),
+    "sharding": ("models packing", "torch"),
     "processes": ("parsing", "torch lightning"),
-    "strategy": ("models parsing sharding tensor_parallel", "torch lightning transformers"),
+    "strategy": ("models packing parsing sharding tensor_parallel", "torch lightning transformers"),
     "saving": ("adapters checkpoint models sharding", "torch transformers"),
     "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
     "vocab_parallel": (
@@ -120,7 +121,7 @@ ROOMS = {
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "policy_stage": (
-        "kernels adapters clipping data.batch metrics models optim strategy",
+        "kernels adapters clipping data.batch metrics models optim packing strategy",
         "torch lightning",
     ),
     "stages": (
@@ -268,6 +269,7 @@ BENCHMARKS = {
     "kernels": {"timing"},
     "aot": {"timing"},
     "step": {"timing"},
+    "scale": {"timing"},
     "gpu": {"kernels", "timing"},
     "tail_risk": {"timing"},
     "pending": {"kernels", "gpu"},

@@ -486,6 +486,7 @@ def test_what_does_not_matter_shares_an_entry(tmp_path, tiny_llama):
         {"batch_size": 3},
         {"num_workers": 2},
         {"padding_side": "left"},
+        {"padding_free": True},
         {"length_bucketing": True},
         {"tokenizer_vocab_size": 999},  # of a tokenizer that is not trained here
     ]:

@@ -1,4 +1,4 @@
-"""Token ids -> `PreferenceBatch`: rows by role, padded on either side, with the response tokens packed.
+"""Token ids -> `PreferenceBatch`: rows by role, padded on either side or packed, with the response tokens packed.
 
 What counts as response is known by length and never by comparing ids, so a pad token equal to EOS hides nothing.
 """
@@ -18,14 +18,18 @@ TokenIds = Sequence[int] | NDArray[np.integer]  # a memory-mapped cache gives in
 
 
 class PreferenceBatch(TypedDict):
-    """P examples as B rows sorted by role, and the N response tokens to score, packed in row order."""
+    """P examples as B rows sorted by role, and the N response tokens to score, packed in row order.
 
-    input_ids: Int64[Tensor, "B T"]
-    attention_mask: Int64[Tensor, "B T"]
+    The rows are L lines of T tokens: a line for each (L = B), or all of them in one line (L = 1).
+    """
+
+    input_ids: Int64[Tensor, "L T"]
+    attention_mask: Int64[Tensor, "L T"]  # 0 in padding
     left_padded: (
         bool  # whether shorter rows are filled in front: a mask is then needed, and positions do not start at 0
     )
-    positions: Int64[Tensor, " N"]  # flat index b * T + t of the hidden state that predicts each response token
+    row_bounds: list[int] | None  # where the rows begin and end in their one line, 0 first and T last; None: padded
+    positions: Int64[Tensor, " N"]  # flat index (line * T + t) of the hidden state that predicts each response token
     labels: Int64[Tensor, " N"]  # the response tokens, EOS included; prompts and padding never appear
     cu_seqlens: Int64[Tensor, " B+1"]  # boundaries of the rows within the N packed tokens
     roles: Int64[Tensor, " B"]  # index into ROLES
@@ -66,14 +70,14 @@ def collate(
     examples: Sequence[EncodedPair],
     roles: Sequence[str] = ("chosen", "rejected"),
     pad_id: int = 0,
-    padding_side: PaddingSide = "right",
+    padding_side: PaddingSide | None = "right",
 ) -> PreferenceBatch:
-    """Pad the rows of all `roles` to one length, and list the response tokens, so the shift by one exists here only.
+    """Lay out the rows of all `roles`, and list the response tokens, so the shift by one exists here only.
 
     A role holds the examples that have a response for it, so rated responses of one kind give rows of that kind
-    alone; `roles` and `pair_ids` say which. A response token at t of row b is predicted by the state at t − 1, whose
-    flat index is b·T + t − 1. Left padding moves t by the padding of its row; labels, `cu_seqlens` and everything
-    else are the same.
+    alone; `roles` and `pair_ids` say which. Rows are padded to one length on `padding_side`, and without one they are
+    packed: one line of all rows. A response token is predicted by the state before it, so only `positions` depends on
+    the layout; labels, `cu_seqlens` and everything else are the same.
 
     Raises:
         ValueError: a role is unknown, no example has a response for any role, or "mismatched" is asked of one example.
@@ -83,22 +87,29 @@ def collate(
     rows = [row for group in by_role for row in group]
     if not rows:
         raise ValueError(f"none of {[e.row_id for e in examples]} has a response for the roles {', '.join(roles)}")
-    before = np.array([len(row.prompt) for row in rows])[:, None]
-    scored = np.array([len(row.response) for row in rows])[:, None]
-    width = int((before + scored).max())
-    start = width - before - scored if padding_side == "left" else np.zeros_like(before)
-    at = np.arange(width) - start  # [B, T]: index within the row, negative in left padding
-    inside = (at >= 0) & (at < before + scored)
-    input_ids = np.full(inside.shape, pad_id)
-    input_ids[inside] = np.concatenate([ids for row in rows for ids in (row.prompt, row.response)])
-    positions = np.flatnonzero(inside & (at >= before))
+    before, scored = (np.array(sizes) for sizes in zip(*((len(r.prompt), len(r.response)) for r in rows), strict=True))
+    lengths = before + scored
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    lines, width = (1, bounds[-1]) if padding_side is None else (len(rows), lengths.max())
+    first = {  # flat index of each row's first token
+        None: bounds[:-1],
+        "right": np.arange(len(rows)) * width,
+        "left": np.arange(len(rows)) * width + width - lengths,
+    }[padding_side]
+    within = np.arange(bounds[-1]) - bounds[:-1].repeat(lengths)  # of each token, its index in its row
+    at = first.repeat(lengths) + within
+    input_ids, attention_mask = np.full(lines * width, pad_id), np.zeros(lines * width, dtype=np.int64)
+    input_ids[at] = np.concatenate([ids for row in rows for ids in (row.prompt, row.response)])
+    attention_mask[at] = 1
+    responses = at[within >= before.repeat(lengths)]
     return PreferenceBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(inside.astype(np.int64)),
+        input_ids=torch.from_numpy(input_ids.reshape(lines, width)),
+        attention_mask=torch.from_numpy(attention_mask.reshape(lines, width)),
         left_padded=padding_side == "left",
-        positions=torch.from_numpy(positions - 1),
-        labels=torch.from_numpy(input_ids.ravel()[positions]),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], scored[:, 0].cumsum()])),
+        row_bounds=bounds.tolist() if padding_side is None else None,
+        positions=torch.from_numpy(responses - 1),
+        labels=torch.from_numpy(input_ids[responses]),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], scored.cumsum()])),
         roles=torch.tensor([ROLES.index(r) for r, group in zip(roles, by_role, strict=True) for _ in group]),
         pair_ids=torch.tensor([row.example for row in rows]),
         target=optional([e.target for e in examples], neutral=1.0),

@@ -58,8 +58,10 @@ class PreferenceData(L.LightningDataModule):
         max_prompt_length: tokens of the prompt; longer prompts are cut at the start. Default: half of max_length.
         eos_when_truncated: whether a response that was cut still ends in the end token.
         padding_side: where shorter rows are filled, right or left; it changes no result.
+        padding_free: rows are not filled but put one after the other into one line, and attend within themselves; it
+            changes no result. Architectures that cannot do this are refused.
         length_bucketing: make the pairs of an optimizer step similar in length: less padding, but no longer a random
-            sample of the data.
+            sample of the data. Of no use with padding_free.
         num_workers: processes that prepare batches.
         seed: of the split and of the order of the training pairs.
         limit: read at most this many rows of each path.
@@ -93,6 +95,7 @@ class PreferenceData(L.LightningDataModule):
         max_prompt_length: int | None = None,
         eos_when_truncated: bool = True,
         padding_side: PaddingSide = "right",
+        padding_free: bool = False,
         length_bucketing: bool = False,
         num_workers: int = 0,
         seed: int = 0,
@@ -111,6 +114,10 @@ class PreferenceData(L.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if padding_free and padding_side != "right":
+            raise ValueError(
+                f"padding_free batches have no padding to be on the {padding_side}: drop padding_side, or padding_free"
+            )
         prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.lengths = Lengths(max_length, prompt_length, eos_when_truncated)
         paths = as_tuple(path)
@@ -139,7 +146,8 @@ class PreferenceData(L.LightningDataModule):
             cache_dir=cache_dir,
         )
         self.tokenizer_name, self.seed, self.length_bucketing = tokenizer, seed, length_bucketing
-        self.batch_size, self.padding_side, self.num_workers = batch_size, padding_side, num_workers
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.padding_side, self.padding_free = padding_side, padding_free
         self.report: dict[str, Any] = {}
         self.skipped_rows: dict[str, list[str]] = {}
         self._prepared: Prepared | None = None
@@ -182,6 +190,11 @@ class PreferenceData(L.LightningDataModule):
             return True
         labels = self.report["labels"]
         return labels.get("costs_of_both", 0) == labels.get("costs_confirmed", 0) > 0
+
+    @property
+    def layout(self) -> PaddingSide | None:
+        """Where rows are filled; None where they are packed."""
+        return None if self.padding_free else self.padding_side
 
     @property
     def folder(self) -> Path | None:
@@ -347,7 +360,10 @@ class PreferenceData(L.LightningDataModule):
             dataset,
             batch_sampler=batches,
             collate_fn=partial(
-                collate, roles=self._roles, pad_id=pad_id(self.tokenizer), padding_side=self.padding_side
+                collate,
+                roles=self._roles,
+                pad_id=pad_id(self.tokenizer),
+                padding_side=self.layout,
             ),
             num_workers=self.num_workers,
             # private: each new iterator draws a seed, and from the global generator that would shift dropout masks
