@@ -85,7 +85,7 @@ def shard(policy: Policy, how: Sharding) -> None:
 def blocks(policy: Policy) -> list[nn.Module]:
     """The layers of a transformer, in order. Raises ValueError where transformers names none for this architecture."""
     names = set(getattr(policy.model, "_no_split_modules", None) or ())
-    found = [module for module in policy.model.modules() if type(module).__name__ in names]
+    found = [module for module in policy.model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
     if not found:
         raise ValueError(
             f"{type(policy.model).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded: "
