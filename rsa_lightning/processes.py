@@ -31,6 +31,11 @@ def launched() -> tuple[int, int]:
     return 1, 1
 
 
+def backend_of(device: torch.device) -> str:
+    """Collectives of tensors on the device and, for offloaded weights and their norms, of tensors on the CPU."""
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
 def is_first() -> bool:
     """Whether this is the process that speaks, before any are joined."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
@@ -70,12 +75,12 @@ class Processes:
                 environment.main_address,
                 str(environment.main_port),
             )
-            gpu = device.type == "cuda"
             dist.init_process_group(
-                "nccl" if gpu else "gloo",
+                backend_of(device),
+                timeout=getattr(trainer.strategy, "_timeout", None),
                 rank=environment.global_rank(),
                 world_size=trainer.world_size,
-                device_id=device if gpu else None,
+                device_id=device if device.type == "cuda" else None,
             )
         self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
 

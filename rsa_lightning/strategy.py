@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from rsa_lightning import packing
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.parsing import first_line
+from rsa_lightning.processes import backend_of
 from rsa_lightning.sharding import Sharding, fill, set_gradient_sync, shard
 from rsa_lightning.tensor_parallel import parallelize
 
@@ -100,6 +101,9 @@ class FSDP2(ModelParallelStrategy):
         self._tensor_parallel_size = self.tensor_parallel
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    def _get_process_group_backend(self) -> str:
+        return backend_of(self.root_device)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

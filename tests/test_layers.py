@@ -109,7 +109,7 @@ ROOMS = {
     ),
     "sharding": ("models packing", "torch"),
     "processes": ("parsing", "torch lightning"),
-    "strategy": ("models packing parsing sharding tensor_parallel", "torch lightning transformers"),
+    "strategy": ("models packing parsing processes sharding tensor_parallel", "torch lightning transformers"),
     "saving": ("adapters checkpoint models sharding", "torch transformers"),
     "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
     "vocab_parallel": (
