@@ -109,7 +109,8 @@ ROOMS = {
     ),
     "sharding": ("models packing", "torch"),
     "processes": ("parsing", "torch lightning"),
-    "strategy": ("models packing parsing sharding tensor_parallel", "torch lightning transformers"),
+    "shards": ("parsing", "torch"),
+    "strategy": ("models packing parsing sharding shards tensor_parallel", "torch lightning transformers"),
     "saving": ("adapters checkpoint models sharding", "torch transformers"),
     "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
     "vocab_parallel": (
@@ -157,7 +158,7 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config hidden_cache legacy losses models processes reference strategy supervised policy_stage transforms data.datamodule",
+        "callbacks config hidden_cache legacy losses models processes reference strategy supervised policy_stage shards transforms data.datamodule",
         "lightning",
     ),
     "evaluation.comparison": (
