@@ -229,7 +229,7 @@ class FSDP2(ModelParallelStrategy):
         partly = not cast(Any, self.lightning_module).strict_loading
         options = StateDictOptions(ignore_frozen_params=partly, strict=not partly)
         rest = shards.read_rest(path)
-        weights = cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
+        weights: Any = get_model_state_dict(self.model, options=options)
         shards.check_fit(path, shards.stored_weights(path, rest), weights)
         if self.optimizers and "lr_schedulers" not in rest:
             raise ValueError(

@@ -203,7 +203,13 @@ ROOMS = {
         "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
         "rich",
     ),
-    "cli": ("budget config fit merge parsing pipeline plan preparation sweep", "transformers"),
+    "card": ("evaluation.wording", ""),
+    "export": (
+        "adapters callbacks card checkpoint config data.datamodule data.tokenize fit hub manifest models policy_stage "
+        "saving shards",
+        "torch",
+    ),
+    "cli": ("budget config export fit merge parsing pipeline plan preparation sweep", "transformers"),
 }
 
 
