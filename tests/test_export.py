@@ -14,6 +14,7 @@ import torch
 import yaml
 from processes import on_ranks
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -301,6 +302,18 @@ def test_a_step_is_exported_as_it_was_written(run, exported):
     for name in found:
         assert (exported / name).read_bytes() == (run / "safety/model" / name).read_bytes()
     AutoModelForCausalLM.from_pretrained(exported)
+
+
+@pytest.mark.parametrize("step", ["warmup", "safety"])
+def test_the_checkpoint_of_a_step_with_its_own_configuration_is_the_same_model(run, tmp_path, step):
+    (checkpoint,) = (run / step / "checkpoints").iterdir()
+    export("--checkpoint", checkpoint, "-c", run / step / "config.yaml", "--output", tmp_path / "model")
+    weights, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", run / step / "model"))
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in weights)
+    assert json.loads((tmp_path / "model/config.json").read_text()) == json.loads(
+        (run / step / "model/config.json").read_text()
+    )
 
 
 def section(text: str, title: str) -> str:
