@@ -1,5 +1,6 @@
 """Checkpoints of training, folders of shards or single files: what they hold, and whether it is of this policy."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +97,9 @@ def read_into(path: Path, state: dict[str, Any]) -> None:
         ValueError: a shard is missing or damaged.
     """
     try:
-        dcp.load(state, checkpoint_id=path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, as is meant
+            dcp.load(state, checkpoint_id=path)
     except FAILURES as error:
         raise _damaged(path, error) from error
 
