@@ -22,6 +22,10 @@ USAGE = """usage: rsa COMMAND [options]
       a weighted average of models; with ratios DIR/Q = (1 - Q) * A + Q * B for each
   rsa merge --adapter FOLDER --scale Q [--base MODEL] --output DIR
       an adapter times Q, which averages the models without and with it exactly; with --base the model that it makes
+  rsa export --run RUN --step NAME --output DIR [--adapter]
+      the model (or adapter) of a finished step of rsa align, with a model card of what the run recorded
+  rsa export --checkpoint CKPT -c FILE [-c LAYER ...] --output DIR [--adapter]
+      a checkpoint, a folder of shards or one file, as a folder that transformers (or peft) loads
 
 Configurations are code: their class paths are imported. Run only those you trust.
 """
@@ -60,6 +64,13 @@ def main(argv: list[str] | None = None) -> int:
             _no_weight_bars()
             merge(arguments[1:])
             return 0
+        if command == "export":
+            from rsa_lightning.export import main as export
+
+            _quiet_lightning()
+            _no_weight_bars()
+            export(arguments[1:])
+            return 0
         if command in ("fit", "validate", "test"):
             from rsa_lightning.fit import FitCLI
 
@@ -67,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             FitCLI(arguments)
             return 0
         raise ValueError(
-            f"unknown command {command!r}: choose align, sweep, dual, prepare, merge, fit, validate or test"
+            f"unknown command {command!r}: choose align, sweep, dual, prepare, merge, export, fit, validate or test"
         )
     except KeyboardInterrupt:
         hint = (

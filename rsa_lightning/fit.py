@@ -9,12 +9,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # imported so that configurations can name their classes without a module path
-from rsa_lightning import callbacks, hidden_cache, legacy, losses, reference, strategy, supervised, transforms  # noqa: F401
+from rsa_lightning import callbacks, hidden_cache, legacy, losses, reference, stages, strategy, supervised, transforms  # noqa: F401
 from rsa_lightning.config import load_file, parse
 from rsa_lightning.data.datamodule import PreferenceData, tokenizer_of
 from rsa_lightning.models import check_spec
 from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.processes import launched
+from rsa_lightning.shards import is_sharded
 
 CHECKPOINT_NAMES = ("last", "best", "hpc")  # what Lightning finds by itself
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -101,6 +102,12 @@ class FitCLI(LightningCLI):
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if checkpoint not in (None, *CHECKPOINT_NAMES) and not Path(checkpoint).exists():
             raise FileNotFoundError(f"ckpt_path: there is no checkpoint {checkpoint}")
+        sharded = checkpoint not in (None, *CHECKPOINT_NAMES) and is_sharded(checkpoint)
+        if sharded and not isinstance(self.trainer.strategy, strategy.FSDP2):
+            raise ValueError(
+                f"ckpt_path: {checkpoint} is a folder of shards, which FSDP2 alone reads: add --trainer.strategy fsdp2 "
+                "(one process will do), or make a model of it with rsa export and start from that"
+            )
         # before the processes of a run are joined: none of them may wait in a collective while another tokenises
         check_spec(self.model.policy_spec)
         self.datamodule.prepare(tokenizer_of(self.model))

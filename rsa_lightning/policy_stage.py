@@ -121,15 +121,15 @@ class PolicyStage(L.LightningModule, abc.ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy_spec.lora is not None:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: state[name] for name in self._trainable()}
+            state = checkpoint["state_dict"]  # gathered into one file, the first process alone has it
+            checkpoint["state_dict"] = {name: state[name] for name in self._trainable() if state}
             checkpoint[BASE_KEY] = base_fingerprint(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the checkpoint is not of this adapter, or of another model below it."""
         if self.policy_spec.lora is None:
             return
-        found = checkpoint.get("state_dict", self._trainable())  # that of a sharded checkpoint is read by the strategy
+        found = checkpoint.get("state_dict") or self._trainable()  # else the strategy has read it, and has checked it
         for name in sorted(self._trainable().keys() ^ found.keys()):
             where = "no trained parameter here" if name in found else "missing in the checkpoint"
             raise ValueError(

@@ -3,9 +3,10 @@
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,7 +14,6 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.strategies.fsdp import FSDPStrategy
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedTokenizerBase
 
-from rsa_lightning import packing
+from rsa_lightning import packing, shards
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.parsing import first_line
 from rsa_lightning.processes import backend_of
@@ -33,7 +33,9 @@ from rsa_lightning.tensor_parallel import parallelize
 
 log = logging.getLogger(__name__)
 
-META = "meta.pt"  # the part of a checkpoint that is not sharded; the name is Lightning's
+PARTIAL = ".partial"  # a checkpoint that is being written
+T = TypeVar("T")
+LOADING, SAVING = "the policy could not be loaded", "the checkpoint could not be written"
 
 
 class FSDP2(ModelParallelStrategy):
@@ -147,7 +149,7 @@ class FSDP2(ModelParallelStrategy):
         """
         if spec.quantize is not None:
             raise ValueError("policy.quantize: weights in 4 or 8 bits cannot be sharded; drop it, or take strategy ddp")
-        source = self._first(lambda: _plain(spec, tokenizer, packed))
+        source = self._first(lambda: _plain(spec, tokenizer, packed), LOADING)
         policy = load_policy(spec, tokenizer, weights=False)
         how = self.sharding
         if frozen:
@@ -167,19 +169,19 @@ class FSDP2(ModelParallelStrategy):
             return self.precision_plugin._desired_input_dtype
         return how.compute_dtype if frozen else None
 
-    def _first(self, load: Any) -> Any:
-        """What the first process loads, None on the others; where it fails, all fail."""
+    def _first(self, call: Callable[[], T], failed: str) -> T | None:
+        """What a call returns in the first process, None in the others, who wait; where it fails, all fail."""
         found, error = None, None
         if self.is_global_zero:
             try:
-                found = load()
+                found = call()
             except Exception as problem:
                 error = problem
         told = self.broadcast(None if error is None else first_line(error))
         if error is not None:
             raise error
         if told is not None:
-            raise RuntimeError(f"the first process could not load the policy: {told}")
+            raise RuntimeError(f"{failed} by the first process: {told}")
         return found
 
     def model_to_device(self) -> None:
@@ -198,27 +200,25 @@ class FSDP2(ModelParallelStrategy):
     # --------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Shards by all processes, then the rest by the first; the folder appears whole or not at all."""
+        """Shards by all processes, then the rest by the first; the folder appears whole or not at all.
+
+        Raises:
+            RuntimeError: it could not be written; an earlier checkpoint of this name stays.
+        """
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        partial = path.with_name(path.name + ".partial")
-        if self.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.barrier()
-        state = {"state_dict": checkpoint.pop("state_dict")}
+        # one name for all: the next save clears what a killed one left, and nothing that looks for checkpoints takes it
+        partial = path.with_name(PARTIAL)
+        self._first(lambda: _emptied(partial), SAVING)
+        state = {shards.WEIGHTS: checkpoint.pop("state_dict")}
         state |= {f"optimizer_{i}": part for i, part in enumerate(checkpoint.pop("optimizer_states", []))}
-        dcp.save(state, checkpoint_id=partial)
-        if self.is_global_zero:
-            torch.save(checkpoint, partial / META)
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-            os.replace(partial, path)
-        self.barrier()
+        try:
+            dcp.save(state, checkpoint_id=partial)
+        except shards.FAILURES as error:
+            raise RuntimeError(f"{SAVING} {path}: {shards.cause(error)}. An earlier one is kept") from error
+        self._first(lambda: _finished(partial, path, checkpoint), SAVING)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a folder of shards, written by any number of processes, or one file.
@@ -229,26 +229,83 @@ class FSDP2(ModelParallelStrategy):
             ValueError: it is of another model, or damaged.
         """
         path = Path(self.broadcast(checkpoint_path))
-        if not path.is_dir():
-            return super().load_checkpoint(path, weights_only)
         assert self.model is not None
-        stage = cast(Any, self.lightning_module)
-        partly = not stage.strict_loading
+        partly = not cast(Any, self.lightning_module).strict_loading
         options = StateDictOptions(ignore_frozen_params=partly, strict=not partly)
-        model = get_model_state_dict(self.model, options=options)
-        try:
-            dcp.load({"state_dict": model}, checkpoint_id=path)
-            set_model_state_dict(self.model, model, options=options)
-            for i, optimizer in enumerate(self.optimizers):
-                state = get_optimizer_state_dict(self.model, optimizer, options=options)
-                dcp.load({f"optimizer_{i}": state}, checkpoint_id=path)
-                set_optimizer_state_dict(self.model, optimizer, state, options=options)
-        except (CheckpointException, ValueError, RuntimeError) as error:
+        rest = shards.read_rest(path)
+        weights: Any = get_model_state_dict(self.model, options=options)
+        shards.check_fit(path, shards.stored_weights(path, rest), weights)
+        if self.optimizers and "lr_schedulers" not in rest:
             raise ValueError(
-                f"the checkpoint {path} cannot be read into this policy ({first_line(error)[:300]}): resume with the "
-                "policy it was trained with, and from a folder that is whole"
-            ) from error
-        return torch.load(path / META, map_location="cpu", weights_only=True)
+                f"the checkpoint {path} holds weights alone (save_weights_only), so training cannot go on from it: "
+                "make a model of it with rsa export, and start from that"
+            )
+        if not shards.is_sharded(path):
+            self._load_file(rest, partly)
+            return rest
+        shards.read_into(path, {shards.WEIGHTS: weights})
+        set_model_state_dict(self.model, weights, options=options)
+        for i, optimizer in enumerate(self.optimizers):
+            state = get_optimizer_state_dict(self.model, optimizer, options=options)
+            shards.read_into(path, {f"optimizer_{i}": state})
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        return rest
+
+    def _load_file(self, checkpoint: dict[str, Any], partly: bool) -> None:
+        """The weights and optimizer states of one file; the first process hands each its shards."""
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not partly)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        for optimizer, state in zip(
+            self.optimizers, checkpoint.pop("optimizer_states", []), strict=False
+        ):  # none to validate
+            named = _renamed(state, list(range(len(self._names(optimizer)))), self._names(optimizer))
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        checkpoint |= {"state_dict": {}, "optimizer_states": [{} for _ in states]}  # they are read
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Of one file, with parameters numbered as an optimizer does, so that any strategy resumes from it."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        plain = getattr(optimizer, "_optimizer", optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, plain, options=options)
+        names = self._names(plain)
+        return _renamed(state, names, list(range(len(names)))) if state else state
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """The names of an optimizer's parameters, in its order."""
+        assert self.model is not None
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _finished(partial: Path, path: Path, rest: dict[str, Any]) -> None:
+    """Completes a folder of shards and puts it in its place; what stood there goes only once it stands."""
+    with (partial / shards.META).open("wb") as file:
+        torch.save(rest, file)
+        file.flush()
+        os.fsync(file.fileno())
+    old = path.with_name(PARTIAL + ".old")
+    for stale in (old, path if path.is_file() else old):
+        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+    if path.is_dir():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _renamed(state: Any, before: list[Any], after: list[Any]) -> dict[str, Any]:
+    """An optimizer's state with other keys for its parameters."""
+    key = dict(zip(before, after, strict=True))
+    groups = [{**group, "params": [key[one] for one in group["params"]]} for group in state["param_groups"]]
+    return {"state": {key[one]: value for one, value in state["state"].items()}, "param_groups": groups}
 
 
 def make_mesh(device: str, world: int, replicas: int, tensor: int) -> DeviceMesh:

@@ -64,7 +64,7 @@ def test_help_names_the_commands(capsys):
 def test_an_unknown_command_is_named(capsys):
     assert rsa("aling", capsys=capsys) == (
         1,
-        "rsa: error: unknown command 'aling': choose align, sweep, dual, prepare, merge, fit, validate or test",
+        "rsa: error: unknown command 'aling': choose align, sweep, dual, prepare, merge, export, fit, validate or test",
     )
 
 

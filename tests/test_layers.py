@@ -109,7 +109,8 @@ ROOMS = {
     ),
     "sharding": ("models packing", "torch"),
     "processes": ("parsing", "torch lightning"),
-    "strategy": ("models packing parsing processes sharding tensor_parallel", "torch lightning transformers"),
+    "shards": ("parsing", "torch"),
+    "strategy": ("models packing parsing processes sharding shards tensor_parallel", "torch lightning transformers"),
     "saving": ("adapters checkpoint models sharding", "torch transformers"),
     "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
     "vocab_parallel": (
@@ -157,7 +158,7 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config hidden_cache legacy losses models processes reference strategy supervised policy_stage transforms data.datamodule",
+        "callbacks config hidden_cache legacy losses models processes reference shards stages strategy supervised policy_stage transforms data.datamodule",
         "lightning",
     ),
     "evaluation.comparison": (
@@ -202,7 +203,13 @@ ROOMS = {
         "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
         "rich",
     ),
-    "cli": ("budget config fit merge parsing pipeline plan preparation sweep", "transformers"),
+    "card": ("evaluation.wording", ""),
+    "export": (
+        "adapters callbacks card checkpoint config data.datamodule data.tokenize fit hub manifest models policy_stage "
+        "saving shards",
+        "torch",
+    ),
+    "cli": ("budget config export fit merge parsing pipeline plan preparation sweep", "transformers"),
 }
 
 

@@ -1,0 +1,254 @@
+"""The model card of an exported model: a text of what its records say, and of what they do not.
+
+A pure function of plain dicts: the manifest.json and results.json of a run, or what a checkpoint knows of itself. No
+number is computed here; figures are printed to four significant digits.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rsa_lightning.evaluation.wording import LABELS
+
+NOT_RECORDED = "not recorded"
+HELD_OUT = {"reward_accuracy": "implicit-reward accuracy", "logp_accuracy": "log-probability accuracy", "kl": "KL"}
+LINEAGE = ("step", "kind", "starts from", "stays near", "loss", "risk", "temperature", "trained", "optimizer steps")
+NEVER = (
+    "Anything but the prompts, pairs and scorer named here: neither other languages, longer conversations, adversarial "
+    "prompts, nor people.",
+    "Other abilities (knowledge, reasoning, code), before and after alignment.",
+)
+USE = """\
+For research on preference alignment, and for comparison with other models of its run. It was trained to prefer some
+answers to others in the pairs named above, no more: it may still give harmful, wrong or biased answers, above all on
+subjects that these pairs do not touch. "Unsafe" means a cost above 0 under the scorer named here, and scorers err, too.
+Measure it on your own prompts before anyone depends on it."""
+
+
+def step_card(
+    name: str,
+    manifest: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
+    *,
+    adapter: bool = False,
+    base: str | None = None,
+    datasets: Sequence[str] = (),
+) -> str:
+    """The card of a finished step of `rsa align`.
+
+    Args:
+        name: of the step.
+        manifest: the content of manifest.json.
+        results: that of results.json; None where the run was not evaluated.
+        adapter: of the step's adapter alone.
+        base: name of the base model on the hub, where it is from there.
+        datasets: names of data sets on the hub.
+    """
+    steps = {key: manifest["steps"][key] for key in _ancestors(name, manifest["steps"])}
+    measured = next((model for model in (results or {}).get("models", ()) if model["name"] == name), None)
+    scorer = (manifest.get("config", {}).get("evaluation") or {}).get("scorer")
+    parts = [
+        _front(steps[name]["kind"], adapter, base, datasets),
+        f"# {name}\n\n{_what(name, steps[name], adapter)}",
+        "## Lineage\n\n" + _table(LINEAGE, [_lineage(key, entry) for key, entry in steps.items()]),
+        f"Base model: {_base(manifest, base)}. Seed: {manifest.get('seed', NOT_RECORDED)}. {_processes(steps)}",
+        "## Data\n\n" + _data(steps),
+        "## Measured\n\n" + (_measured(measured, scorer) if measured else "Nothing: this model was not evaluated."),
+        "## Intended use and limits\n\n" + USE,
+        "## Not measured\n\n" + _bullets([*_missing(measured, scorer), *NEVER]),
+        "## Versions\n\n" + _versions(manifest.get("versions", {})),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def checkpoint_card(facts: Mapping[str, Any], *, adapter: bool = False, base: str | None = None) -> str:
+    """The card of a model that was made of a checkpoint: what is known without the records of a run.
+
+    Args:
+        facts: what is shown, by name, in this order.
+        adapter: of the adapter alone.
+        base: name of the base model on the hub, where it is from there.
+    """
+    kind = str(facts.get("stage", "")).removesuffix("Alignment").lower()
+    missing = "Rewards, costs, unsafe rate, KL and accuracies: no figure is known, a checkpoint holds none."
+    parts = [
+        _front(kind, adapter, base, ()),
+        f"# {facts.get('stage', 'policy')}\n\nMade of a checkpoint of `rsa fit`, without the records of a run.",
+        "## What is known\n\n" + _table(("", ""), [(name, _text(value)) for name, value in facts.items()]),
+        "## Intended use and limits\n\n" + USE,
+        "## Not measured\n\n" + _bullets([missing, *NEVER]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def number(value: float) -> str:
+    """Four significant digits; whole numbers whole."""
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _front(kind: str, adapter: bool, base: str | None, datasets: Iterable[str]) -> str:
+    """The YAML that the hub reads; strings are written as JSON, which is YAML."""
+    tags = ["rsa_lightning", "preference-alignment", *([kind] if kind else []), *(["lora"] if adapter else [])]
+    lines = [f"library_name: {'peft' if adapter else 'transformers'}"]
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
+    lines += ["datasets:", *(f"- {json.dumps(name)}" for name in datasets)] if datasets else []
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what(name: str, entry: Mapping[str, Any], adapter: bool) -> str:
+    thing = "The LoRA adapter" if adapter else "The model"
+    return f"{thing} of the step `{name}` ({entry['kind']}) of a run of `rsa align`, trained or made by rsa_lightning."
+
+
+def _ancestors(name: str, steps: Mapping[str, Any]) -> list[str]:
+    """A step and every step that its model goes back to, as they were run."""
+    found: set[str] = set()
+    waiting: list[Any] = [name]
+    while waiting:
+        key = waiting.pop()
+        if key in steps and key not in found:
+            found.add(key)
+            asked = steps[key].get("inputs", {}).get("step") or {}
+            waiting += [steps[key].get("start"), steps[key].get("reference"), asked.get("adapter")]
+            waiting += asked.get("models") or ()
+    return [key for key in steps if key in found]
+
+
+def _lineage(name: str, entry: Mapping[str, Any]) -> list[str]:
+    settings = (entry.get("inputs") or {}).get("step") or {}
+    aligned = entry.get("temperature") is not None
+    trained = entry.get("made") or _trained((entry.get("inputs") or {}).get("adapter"))
+    return [
+        name,
+        entry["kind"],
+        entry.get("start") or "",
+        entry.get("reference") or "",
+        (_class(settings.get("loss")) + _labels(settings, entry)) if aligned else "",
+        _class(settings.get("risk")) if aligned else "",
+        number(entry["temperature"]) if aligned else "",
+        trained,
+        str(entry.get("optimizer_steps", "")),
+    ]
+
+
+def _class(setting: Any) -> str:
+    """A class with its arguments, as the configuration names it."""
+    if not isinstance(setting, Mapping):
+        return str(setting or "the stage's default").split(".")[-1]
+    arguments = ", ".join(f"{key}={value}" for key, value in (setting.get("init_args") or {}).items())
+    return f"{str(setting.get('class_path', 'default')).split('.')[-1]}({arguments})"
+
+
+def _labels(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    if settings.get("cost_transform") is None:
+        return ""
+    return f", labels from {_class(settings['cost_transform'])} at scale {number(entry['label_scale'])}"
+
+
+def _trained(adapter: Mapping[str, Any] | None) -> str:
+    if adapter is None:
+        return "all weights"
+    below = f" on {adapter['quantize']} weights" if adapter.get("quantize") else ""
+    return f"LoRA of rank {adapter.get('rank', 'its start')}{below}"
+
+
+def _base(manifest: Mapping[str, Any], base: str | None) -> str:
+    given = (manifest.get("config") or {}).get("model") or {}
+    if base or given.get("model"):
+        revision = f", revision {given['revision']}" if given.get("revision") else ""
+        return f"`{base or given['model']}`{revision}"
+    if given.get("config"):
+        return f"a fresh {given['config'].get('model_type')} made by the run, not pretrained"
+    return NOT_RECORDED
+
+
+def _processes(steps: Mapping[str, Any]) -> str:
+    counts = {key: entry["processes"] for key, entry in steps.items() if "processes" in entry}
+    told = ", ".join(f"{key} in {count}" for key, count in counts.items())
+    return f"Processes: {told}." if told else "Processes: not recorded."
+
+
+def _data(steps: Mapping[str, Any]) -> str:
+    rows = []
+    for name, entry in steps.items():
+        report = entry.get("data") or {}
+        for path, digest in (report.get("sha256") or {}).items():
+            learnt = path in report.get("paths", ())
+            counts = [str(report.get(key, "")) if learnt else "" for key in ("rows", "train_pairs", "validation_pairs")]
+            use = "trained on" if learnt else "validated on, or kept out of training"
+            rows.append([name, f"`{path.split('/')[-1]}`", use, *counts, f"`{digest}`"])
+    header = ("step", "file", "use", "rows read", "training examples", "held out", "SHA-256")
+    return _table(header, rows) if rows else "No step of this lineage records data."
+
+
+def _figures(entry: Mapping[str, Any], intervals: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[list[str]]:
+    """(label, value, interval) of what was measured; `cost_cvar/0.95` is a level of `cost_cvar`."""
+    for key, label in names.items():
+        outer, _, level = key.partition("/")
+        value, interval = entry.get(outer), intervals.get(outer)
+        if level:
+            value, interval = (value or {}).get(level), (interval or {}).get(level)
+        if value is not None:
+            yield [label, number(value), f"[{number(interval[0])}, {number(interval[1])}]" if interval else "–"]
+
+
+def _measured(model: Mapping[str, Any], scorer: Any) -> str:
+    figures = _figures(model, model.get("ci95") or {}, {key: label for key, (label, _) in LABELS.items()})
+    about = f"{model.get('samples', 0)} sampled answers; scorer: {_scorer(scorer)}."
+    unscored = f" Of them {model['unscored']} were not scored." if model.get("unscored") else ""
+    parts = [
+        f"{about}{unscored} Intervals are 95 %, over prompts; they do not hold the variation between training runs.",
+        _table(("", "value", "95 % interval"), figures),
+    ]
+    held_out = {key: found["held_out"] for key, found in (model.get("preference") or {}).items() if "held_out" in found}
+    if held_out:
+        rows = [
+            [criterion, str(found["pairs"]), *figure]
+            for criterion, found in held_out.items()
+            for figure in _figures(found, found.get("ci95") or {}, HELD_OUT)
+        ]
+        header = ("held-out pairs of", "pairs", "", "value", "95 % interval")
+        parts += [
+            "Implicit rewards and KL (nats) are relative to the model that alignment started from.",
+            _table(header, rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def _scorer(scorer: Any) -> str:
+    return (scorer if isinstance(scorer, str) else _class(scorer)) if scorer else "none"
+
+
+def _missing(model: Mapping[str, Any] | None, scorer: Any) -> list[str]:
+    """What the records have no figure of."""
+    if model is None:
+        return ["Rewards, costs, unsafe rate, KL and accuracies: the run has no results of this model."]
+    figures = {key: label for key, (label, _) in LABELS.items() if "/" not in key}
+    absent = [label for key, label in figures.items() if model.get(key) is None]
+    found = [f"{', '.join(absent)}{'' if scorer else ' (no scorer was given)'}."] if absent else []
+    if not any("held_out" in split for split in (model.get("preference") or {}).values()):
+        found.append("How it judges held-out pairs.")
+    return [*found, "Other seeds: this is one training run."]
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or NOT_RECORDED
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return NOT_RECORDED
+    return _class(value) if isinstance(value, Mapping) else str(value)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
