@@ -96,6 +96,7 @@ def _record(crew: Crew | Joined, team: Team, provider: Provider, size: Size, tim
     plain = times.get((team, Provider(provider.method, "live", "padded")), mine)
     memory = crew.ask("memory", str(provider))
     figures = mine.figures(plain) | named("x_alone", ratio(alone.wall, mine.wall))
+    figures |= named("x_alone_cpu", ratio(alone.cpu, mine.cpu))
     sent = crew.ask("traffic", str(provider)) if team.sharded else []
     return {
         "team": str(team),

@@ -33,10 +33,12 @@ def _processes(found: Found) -> list[Found]:
             "method": row["method"],
             "reference": row["reference"],
             "batches": row["layout"],
+            "parameters": row["parameters"],
             "steps/s": f"{row['steps_per_s']:.3g}",
             "x live, padded": _ranged(row, "x"),
-            "in CPU time": _ranged(row, "x_cpu"),
+            "x live, padded, CPU time": _ranged(row, "x_cpu"),
             "x one process": _ranged(row, "x_alone"),
+            "x one process, CPU time": _ranged(row, "x_alone_cpu"),
             "peak MiB": f"{row['peak_mib']:.1f}",
             "held MiB": f"{row['held_mib']:.1f}",
         }
