@@ -46,7 +46,7 @@ gpu: install
 bench-step: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks step --output $(RESULTS)/step_cpu.json
 
-# two processes with a core each, and ten minutes
+# wants two cores that nobody else uses, and ten minutes; HH=FILE: layouts on the lengths of HH transcripts, too
 bench-scale: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks scale --output $(RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks scale $(if $(HH),--hh $(HH)) --output $(RESULTS)
 	$(BIN)/python -m benchmarks figures $(RESULTS)

@@ -90,13 +90,14 @@ def disagreements(losses: Mapping[Key, list[float]], precision: str) -> list[str
 
 
 def _record(crew: Crew | Joined, team: Team, provider: Provider, size: Size, times: Mapping[Key, Times]) -> Record:
-    """Relative to the first team's same provider, and to the same team with a live reference and padding."""
+    """Relative to the same provider in one process without FSDP2, where that was run, and to the same team with a live reference and padding."""
     mine = times[team, provider]
-    alone = times[next(key for key in times if key[1] == provider)]
+    alone = next((found for key, found in times.items() if key[1] == provider and not key[0].sharded), None)
     plain = times.get((team, Provider(provider.method, "live", "padded")), mine)
     memory = crew.ask("memory", str(provider))
-    figures = mine.figures(plain) | named("x_alone", ratio(alone.wall, mine.wall))
-    figures |= named("x_alone_cpu", ratio(alone.cpu, mine.cpu))
+    figures = mine.figures(plain)
+    if alone is not None:
+        figures |= named("x_alone", ratio(alone.wall, mine.wall)) | named("x_alone_cpu", ratio(alone.cpu, mine.cpu))
     sent = crew.ask("traffic", str(provider)) if team.sharded else []
     return {
         "team": str(team),

@@ -138,6 +138,8 @@ NOTES = {
 
 
 def _ranged(row: Found, name: str) -> str:
+    if name not in row:
+        return "–"
     return f"{row[name]:.3g} ({row[f'{name}_q20']:.3g}–{row[f'{name}_q80']:.3g})"
 
 
