@@ -16,6 +16,7 @@ from benchmarks.scale import packing as benchmark
 from benchmarks.scale.cases import PROVIDERS, SIZES, Provider
 from benchmarks.scale.crew import Crew, Team
 from benchmarks.scale.mixes import long_tailed, written
+from benchmarks.scale.report import page
 from benchmarks.scale.traffic import Traffic
 from benchmarks.timing import ROOT
 from rsa_lightning import packing
@@ -23,6 +24,7 @@ from rsa_lightning.models import load_policy
 
 LIVE, PACKED, HIDDEN = PROVIDERS[0], PROVIDERS[2], PROVIDERS[3]
 SIZE = SIZES["quick"]
+RESULTS = ROOT / "benchmarks/results"
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -239,11 +241,19 @@ def test_the_command_writes_figures_tables_and_a_picture(tmp_path, monkeypatch, 
     assert len(found["environment"]["load"]) == 3
     assert found["goals"] == []  # small shapes say nothing about them
     assert (tmp_path / "scale_cost.png").stat().st_size > 10_000
-    page = (tmp_path / "scale_cpu.md").read_text()
+    text = (tmp_path / "scale_cpu.md").read_text()
     printed = capsys.readouterr().out
-    assert page in printed
-    assert "| 1 process | RSA | live | padded |" in page
+    assert text in printed
+    assert "| 1 process | RSA | live | padded |" in text
     assert json.loads(printed.splitlines()[-1])["op"] == "scale"
+
+
+def test_committed_tables_are_made_of_the_committed_figures():
+    found = read_run(RESULTS / "scale_cpu.json")
+    assert found["disagreements"] == []
+    assert not found["quick"]
+    assert page(found) == (RESULTS / "scale_cpu.md").read_text()
+    assert found["goals"] == goals.verdicts(found["references"], found["environment"]["device"])
 
 
 @pytest.mark.parametrize(
@@ -259,11 +269,11 @@ def test_processes_that_cannot_share_the_pairs_are_refused(options, message, cap
 
 
 def test_what_needs_several_gpus_is_pending_until_its_file_is_there(tmp_path):
-    page = pending.pending(tmp_path)
+    text = pending.pending(tmp_path)
     for piece in goals.PIECES:
-        assert f"| {piece.what} | `{piece.file}` | `{piece.command}` |" in page
+        assert f"| {piece.what} | `{piece.file}` | `{piece.command}` |" in text
     for goal in goals.goals():
-        assert f"| {goal} | `scale_cpu.json` | `make bench-scale` |" in page
+        assert f"| {goal} | `scale_cpu.json` | `make bench-scale` |" in text
     files = [piece.file for piece in goals.PIECES]
     assert len(set(files)) == len(files)
     (tmp_path / files[1]).write_text('{"op": "scale"}')

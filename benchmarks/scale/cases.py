@@ -98,7 +98,8 @@ class Size:
 SIZES = {
     "quick": Size(width=32, layers=1, vocabulary=129, pairs=4, longest=32),
     "cpu": Size(width=256, layers=4, vocabulary=1024, pairs=8, longest=256),
-    "cuda": Size(width=2048, layers=16, vocabulary=128256, pairs=16, longest=2048, precision="bf16-mixed"),
+    # all providers of two teams lie side by side on the first GPU, in about 60 GB
+    "cuda": Size(width=1024, layers=12, vocabulary=32768, pairs=16, longest=1024, precision="bf16-mixed"),
 }
 
 

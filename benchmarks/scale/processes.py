@@ -90,7 +90,7 @@ def disagreements(losses: Mapping[Key, list[float]], precision: str) -> list[str
 
 
 def _record(crew: Crew | Joined, team: Team, provider: Provider, size: Size, times: Mapping[Key, Times]) -> Record:
-    """Relative to the same provider in one process without FSDP2, where that was run, and to the same team with a live reference and padding."""
+    """Relative to one process without FSDP2, where there is one, and to the team's live reference on padded rows."""
     mine = times[team, provider]
     alone = next((found for key, found in times.items() if key[1] == provider and not key[0].sharded), None)
     plain = times.get((team, Provider(provider.method, "live", "padded")), mine)
