@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint bench bench-step aot gpu
+.PHONY: install quickstart test lint bench bench-step bench-scale aot gpu
 
 install: .venv/installed
 
@@ -45,3 +45,8 @@ gpu: install
 # needs TRL: .venv/bin/pip install -c constraints.txt trl
 bench-step: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks step --output $(RESULTS)/step_cpu.json
+
+# wants two cores that nobody else uses, and ten minutes; HH=FILE: layouts on the lengths of HH transcripts, too
+bench-scale: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks scale $(if $(HH),--hh $(HH)) --output $(RESULTS)
+	$(BIN)/python -m benchmarks figures $(RESULTS)

@@ -6,6 +6,7 @@
     python -m benchmarks gpu --output DIR             # everything that only a GPU can tell, in pieces
     python -m benchmarks aot                          # the kernels compiled for GPUs that are not here
     python -m benchmarks step                         # whole training steps, beside TRL's DPO
+    python -m benchmarks scale                        # processes, references on disk, layouts; what a step costs
     python -m benchmarks tail_risk                    # which method lightens the tail of harm, learned: an hour or two
     python -m benchmarks exact_tail                   # which method lightens the tail of harm, by exact expectations
     python -m benchmarks theory --output DIR          # exact worlds: the numbers and figures of docs/theory
@@ -31,6 +32,7 @@ from benchmarks.kernels.cases import AXES, DTYPES, SUITES, Spec, specs
 from benchmarks.kernels.providers import chosen, floors, offers
 from benchmarks.timing import Refused
 
+FOLDERS = ("kernels", "gpu", "scale", "theory", "exact_tail", "tail_risk")  # what they write, not a file
 MEASURES: dict[str, type[RiskMeasure]] = {"KL": KL, "CVaR": CVaR, "ERM": ERM}
 
 
@@ -43,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         "gpu": _gpu,
         "aot": _aot,
         "step": _step,
+        "scale": _scale,
         "tail_risk": _tail_risk,
         "theory": _theory,
         "exact_tail": _exact_tail,
@@ -171,6 +174,12 @@ def _step(options: argparse.Namespace) -> int:
     return 0
 
 
+def _scale(options: argparse.Namespace) -> int:
+    from benchmarks.scale import run  # it brings the trainer
+
+    return run.main(options)
+
+
 def _tail_risk(options: argparse.Namespace) -> int:
     from benchmarks.tail_risk import command  # it brings the trainer
 
@@ -195,6 +204,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
         add_arguments(aot)
     _add_step(commands.add_parser("step", help="a whole training step beside TRL's DPO, in float32 on the CPU"))
+    scale = commands.add_parser("scale", help="processes, references on disk, layouts of batches, cost of a step")
+    if arguments[:1] == ["scale"]:
+        from benchmarks.scale.run import add_arguments as add_scale  # it brings the trainer
+
+        add_scale(scale)
     tail_risk = commands.add_parser("tail_risk", help="which method lightens the tail of harm, on the story world")
     if arguments[:1] == ["tail_risk"]:
         from benchmarks.tail_risk.command import add_arguments as add_tail_risk  # it brings the trainer
@@ -215,7 +229,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--threads is at least 1, got {options.threads}")
     output = getattr(options, "output", None)
     if output is not None:
-        _writable(parser, output, is_folder=options.command in ("kernels", "gpu", "theory", "exact_tail", "tail_risk"))
+        _writable(parser, output, is_folder=options.command in FOLDERS)
     if options.command == "step" and options.trl and importlib.util.find_spec("trl") is None:
         parser.error(
             "step compares with trl, which is not installed: pip install -c constraints.txt trl (it is in the extra "

@@ -5,7 +5,8 @@ from pathlib import Path
 from benchmarks.gpu.pieces import PIECES
 from benchmarks.gpu.queue import file_name
 from benchmarks.kernels.goals import GPU, Verdict, verdicts
-from benchmarks.kernels.results import read_runs
+from benchmarks.kernels.results import read_run, read_runs
+from benchmarks.scale import goals as scale
 
 HEADER = """# Not measured yet
 
@@ -31,7 +32,12 @@ def pending(folder: Path) -> str:
         lines += ["## Goals", "", "| goal | command |", "| --- | --- |"]
         lines += [f"| {verdict.goal} | `{_command(verdict)}` |" for verdict in open_goals]
         lines.append("")
-    if not open_pieces and not open_goals:
+    at_scale = list(scale.open_work(folder, [read_run(file) for file in sorted(folder.glob("scale_*.json"))]))
+    if at_scale:
+        lines += ["## Training at scale", "", "| what | file | command |", "| --- | --- | --- |"]
+        lines += [f"| {what} | `{file}` | `{command}` |" for what, file, command in at_scale]
+        lines.append("")
+    if not open_pieces and not open_goals and not at_scale:
         lines += ["Nothing.", ""]
     return "\n".join(lines)
 

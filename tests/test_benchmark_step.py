@@ -9,7 +9,6 @@ from rsa_kernels import CVaR
 
 from benchmarks import __main__ as command
 from benchmarks.step import run as step
-from benchmarks.step.cached import _measured, live_and_cached
 from benchmarks.step.cases import EOS, PAD, as_text, step_cases, tokenizer
 from benchmarks.step.loops import Loop
 from rsa_lightning.losses import DPO, RSA
@@ -140,29 +139,3 @@ def test_another_dpo_would_not_agree_with_trl(monkeypatch, capsys):
     monkeypatch.setitem(step.OURS, "DPO", (DPO(label_smoothing=0.1), CVaR(0.97)))
     assert command.main(["step", "--quick"]) == 1
     assert "at step 2 TRL DPO has a loss of" in capsys.readouterr().err
-
-
-def test_a_cached_reference_gives_the_same_losses_and_is_timed(tmp_path):
-    """The ceiling by hand: F = 16 rows x 2 x (1 x (4 x 16^2 + 3 x 16 x 44) + 2 x 16 x 16), h = 12 rows x 2 x 16 x 129."""
-    shape = {"hidden": 16, "layers": 1, "vocabulary": 129, "tokens": 16, "prompt": 4, "batch_size": 2}
-    rows = live_and_cached(tmp_path, **shape, samples=2)
-    assert [(row["method"], row["reference"]) for row in rows] == [
-        *(("DPO", kind) for kind in ("live", "hidden", "logps")),
-        *((method, kind) for method in ("TDPO (KL)", "RSA (CVaR 0.97)") for kind in ("live", "hidden")),
-    ]
-    forward, head = 16 * 2 * (4 * 16**2 + 3 * 16 * 44 + 2 * 16 * 16), 12 * 2 * 16 * 129
-    assert rows[1]["ceiling"] == pytest.approx(4 * (forward + head) / (3 * forward + 4 * head), abs=1e-3)
-    assert rows[2]["ceiling"] == pytest.approx(4 / 3, abs=1e-3)
-    assert all(row["cpu_ms"] > 0 for row in rows)
-    with pytest.raises(ValueError, match="with moved the loss of a step differs by 0.5 from that of a live reference"):
-        list(_measured({"live": Steps([0.5] * 4), "moved": Steps([0.5] * 3 + [1.0])}, samples=1))
-
-
-class Steps:
-    """A loop whose losses are known."""
-
-    def __init__(self, losses):
-        self.all, self.losses = losses, []
-
-    def step(self):
-        self.losses.append(self.all[len(self.losses)])

@@ -269,17 +269,17 @@ def test_arrows(name):
 
 # folder or file of benchmarks/ -> what else of it may be imported
 BENCHMARKS = {
-    "__main__": {"kernels", "figures", "gpu", "aot", "step", "theory", "exact_tail", "tail_risk", "timing"},
+    "__main__": {"kernels", "figures", "gpu", "aot", "step", "theory", "exact_tail", "tail_risk", "scale", "timing"},
     "timing": set(),
     "theory": set(),
     "exact_tail": set(),
     "kernels": {"timing"},
     "aot": {"timing"},
     "step": {"timing"},
-    "scale": {"timing"},
+    "scale": {"kernels", "step", "timing"},
     "gpu": {"kernels", "timing"},
     "tail_risk": {"timing"},
-    "pending": {"kernels", "gpu"},
+    "pending": {"kernels", "gpu", "scale"},
     "figures": {"kernels", "pending", "timing"},
 }
 

@@ -5,31 +5,22 @@ AdamW. Every method sees all pairs once, in as many steps; padded and packed bat
 order, and have to give the same log-probabilities, then the same losses. The methods take turns, step by step.
 """
 
-import math
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from rsa_kernels import CVaR
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.scale.bare import BareStage
+from benchmarks.scale.cases import LAYOUTS
 from benchmarks.scale.mixes import Mix, length_mixes
+from benchmarks.scale.turns import Times, largest_gap, named, timed
 from benchmarks.timing import ratio
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.data.datamodule import PreferenceData
-from rsa_lightning.losses import RSA
-from rsa_lightning.models import Policy, PolicySpec, load_policy
-from rsa_lightning.packing import attend
-from rsa_lightning.reference import FrozenCopy
-from rsa_lightning.stages import RewardAlignment
+from rsa_lightning.models import PolicySpec
 
-LAYOUTS: dict[str, dict[str, bool]] = {
-    "padded": {},
-    "bucketed": {"length_bucketing": True},
-    "packed": {"padding_free": True},
-}
 TOLERANCE = {"float32": 1e-4}  # nats of a step's mean loss: rounding, and what it grows to in a few dozen updates
 TOLERANCE_LOW_PRECISION = 5e-2
 VOCABULARY, BATCH_SIZE, MAX_LENGTH = 1024, 8, 256
@@ -60,28 +51,23 @@ def _measure(mix: Mix, quick: bool, device: str, dtype: str, cache: Path) -> tup
         turns = dict(zip(runs, found, strict=True))
         if step == 0:
             logp = {name: runs[name].warm_up(batch) for name, batch in turns.items()}
-            if (bad := _gap(logp["padded"], logp["packed"])) > tolerance:
+            if (bad := largest_gap(logp["padded"], logp["packed"])) > tolerance:
                 return [f"{mix.name}: packed tokens are {bad:.2g} nats from padded ones (tolerance {tolerance:g})"], []
         if step == (4 if quick else 32):
             break
         for name, batch in turns.items():
             runs[name].step(batch)
     losses = {name: torch.tensor(run.losses) for name, run in runs.items()}
-    if (bad := _gap(losses["padded"], losses["packed"])) > tolerance:
+    if (bad := largest_gap(losses["padded"], losses["packed"])) > tolerance:
         return [f"{mix.name}: packed losses are {bad:.2g} nats from padded ones (tolerance {tolerance:g})"], []
     return [], [
         {"op": "packing", "mix": mix.name, "layout": name, "dtype": dtype, "device": device, **method.figures()}
         # of all steps, and its quantiles over single ones, which hold the same pairs unless they are bucketed
-        | {"x_padded": sum(runs["padded"].elapsed_ms) / sum(method.elapsed_ms)}
-        | {"x_padded_steps": ratio(runs["padded"].elapsed_ms, method.elapsed_ms)._asdict()}
+        | {"x_padded": sum(runs["padded"].times.wall) / sum(method.times.wall)}
+        | {"x_padded_cpu": sum(runs["padded"].times.cpu) / sum(method.times.cpu)}
+        | named("x_padded_step", ratio(runs["padded"].times.wall, method.times.wall))
         for name, method in runs.items()
     ]
-
-
-def _gap(one: Tensor, other: Tensor) -> float:
-    """The largest difference; infinite where there is none to be had."""
-    gap = (one - other).abs().max().item()
-    return gap if math.isfinite(gap) else math.inf
 
 
 class _Run:
@@ -98,59 +84,45 @@ class _Run:
             **layout,  # type: ignore[arg-type]
         )
         data.setup()
-        self.device, self.loader = torch.device(device), iter(data.train_dataloader())
-        self.stage = _stage(quick, dtype, len(data.tokenizer), self.device, data.padding_free)
-        self.optimizer = torch.optim.AdamW(self.stage.parameters(), lr=1e-4, foreach=True)
-        self.losses: list[float] = []
-        self.elapsed_ms: list[float] = []
+        self.loader = iter(data.train_dataloader())
+        spec = PolicySpec(config=_config(quick, len(data.tokenizer)), dtype=dtype)  # type: ignore[arg-type]
+        self.stage = BareStage(spec, torch.device(device), data.padding_free)
+        self.times, self.losses = Times([], []), list[float]()
         self.tokens = self.places = 0
 
     def warm_up(self, batch: PreferenceBatch) -> Tensor:
         """A step without an update; returns the log-probability of every scored token."""
-        batch = self._there(batch)
-        self.stage.shared_step(batch, "train").backward()
-        self.optimizer.zero_grad()
+        batch = self.stage.there(batch)
+        self.stage.loss(batch).backward()
+        self.stage.optimizer.zero_grad()
         with torch.no_grad():
-            return cast(Policy, self.stage.policy)(batch, None, None).logp
+            return self.stage.policy(batch, None, None).logp
 
     def step(self, batch: PreferenceBatch) -> None:
         self.tokens += int(batch["attention_mask"].sum())
         self.places += batch["attention_mask"].numel()
-        batch = self._there(batch)
-        self._wait()
-        start = time.perf_counter()
-        loss = self.stage.shared_step(batch, "train")
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.stage.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._wait()
-        self.elapsed_ms.append(1e3 * (time.perf_counter() - start))
-        self.losses.append(loss.item())
+        batch = self.stage.there(batch)
+        self.stage.wait()
+        for clock, value in zip(
+            self.times, timed(lambda: self.losses.append(self.stage.step(batch).item())), strict=True
+        ):
+            clock.append(value)
 
     def figures(self) -> dict[str, Any]:
-        seconds = sum(self.elapsed_ms) / 1e3
+        seconds = sum(self.times.wall) / 1e3
         return {
             "padding": 1 - self.tokens / self.places,
-            "steps": len(self.elapsed_ms),
+            "steps": len(self.losses),
             "pairs_per_step": BATCH_SIZE,
-            "steps_per_s": len(self.elapsed_ms) / seconds,
+            "steps_per_s": len(self.losses) / seconds,
             "tokens_per_s": self.tokens / seconds,
         }
 
-    def _there(self, batch: PreferenceBatch) -> PreferenceBatch:
-        moved: Any = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return cast(PreferenceBatch, moved)
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _stage(quick: bool, dtype: Any, vocabulary: int, device: torch.device, packed: bool) -> RewardAlignment:
-    """A stage whose reference is a copy, on its device: 256 wide and 4 layers deep."""
+def _config(quick: bool, vocabulary: int) -> dict[str, Any]:
+    """256 wide and 4 layers deep."""
     width = 16 if quick else 256
-    config: dict[str, Any] = {
+    return {
         "model_type": "llama",
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -161,11 +133,3 @@ def _stage(quick: bool, dtype: Any, vocabulary: int, device: torch.device, packe
         "initializer_range": 0.1,  # fresh weights of the usual size hardly attend: nothing to agree on
         "tie_word_embeddings": True,
     }
-    spec = PolicySpec(config=config, dtype=dtype)
-    reference = FrozenCopy()
-    stage = RewardAlignment(spec, RSA(), CVaR(0.97), reference=reference, beta=0.1)
-    stage.policy = load_policy(spec).train().to(device)
-    attend(stage.policy.model, packed)
-    reference.prepare(stage.policy)
-    reference.place(stage.policy)
-    return stage

@@ -86,11 +86,11 @@ def _case(
         config=config,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        pairs=_pairs(vocabulary, steps * batch_size, lengths),
+        pairs=random_pairs(vocabulary, steps * batch_size, lengths),
     )
 
 
-def _pairs(vocabulary: int, count: int, lengths: Sequence[tuple[int, int]]) -> tuple[EncodedPair, ...]:
+def random_pairs(vocabulary: int, count: int, lengths: Sequence[tuple[int, int]]) -> tuple[EncodedPair, ...]:
     """Random words. Both responses end in EOS."""
     generator = torch.Generator().manual_seed(0)
 

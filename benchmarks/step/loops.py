@@ -66,10 +66,14 @@ class Loop:
         profiler does not subtract what it has not seen made.
         """
         peaks: list[int] = []
-        self._observe = partial(peak_extra_bytes_within, peaks)
+        self.observed(partial(peak_extra_bytes_within, peaks))
+        return peaks[0]
+
+    def observed(self, context: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        """One more step within a context, which is entered in the trainer's thread."""
+        self._observe = context
         self.step()
         self._observe = contextlib.nullcontext
-        return peaks[0]
 
     def close(self) -> None:
         """Lets the trainer finish."""
@@ -103,7 +107,7 @@ class Loop:
             self._done.release()
 
 
-class _PauseLightning(L.Callback):
+class PauseLightning(L.Callback):
     def __init__(self, pause: Pause) -> None:
         self.pause = pause
 
@@ -131,7 +135,7 @@ def our_loop(
             gradient_clip_val=CLIP,
             log_every_n_steps=LOG_EVERY,
             logger=CSVLogger(folder / "logs", name),
-            callbacks=[_PauseLightning(pause)],
+            callbacks=[PauseLightning(pause)],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_progress_bar=False,
