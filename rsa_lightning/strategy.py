@@ -256,9 +256,8 @@ class FSDP2(ModelParallelStrategy):
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not partly)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
-        for optimizer, state in zip(
-            self.optimizers, checkpoint.pop("optimizer_states", []), strict=False
-        ):  # none to validate
+        states = checkpoint.pop("optimizer_states", [])
+        for optimizer, state in zip(self.optimizers, states, strict=False):  # no optimizers where a policy is validated
             named = _renamed(state, list(range(len(self._names(optimizer)))), self._names(optimizer))
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
         checkpoint |= {"state_dict": {}, "optimizer_states": [{} for _ in states]}  # they are read
