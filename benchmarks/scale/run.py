@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """The chosen sections; 1 where something disagrees."""
     torch.set_num_threads(1)
-    teams = _teams(options)
+    teams, first = _teams(options), int(os.environ.get("RANK", 0)) == 0
     found: Found = {"op": "scale", "environment": _environment(options.device), "quick": options.quick}
     found |= {"disagreements": [], **{section: [] for section in SECTIONS}, "goals": []}
     with quietly():
@@ -63,10 +63,14 @@ def main(options: argparse.Namespace) -> int:
             print(f"{section} ...", file=sys.stderr, flush=True)
             bad, found[section] = _section(section, options, teams)
             found["disagreements"] += bad
-    found["load_at_the_end"] = [round(load, 2) for load in os.getloadavg()]
-    found["goals"] = [] if options.quick else verdicts(found["references"], found["environment"]["device"])
-    if int(os.environ.get("RANK", 0)) == 0:
-        _write(found, options, teams)
+            found["load_at_the_end"] = [round(load, 2) for load in os.getloadavg()]
+            found["goals"] = [] if options.quick else verdicts(found["references"], found["environment"]["device"])
+            if first:
+                _write(found, options, teams)  # a run takes long, and may be cut off
+    if first:
+        print(page(found))
+        print("\n".join(found["disagreements"]), file=sys.stderr)
+        print(json.dumps({key: found[key] for key in ("op", "environment", "goals")}))
     return 1 if found["disagreements"] else 0
 
 
@@ -155,16 +159,14 @@ def _stem(options: argparse.Namespace, team: Team) -> str:
 
 
 def _write(found: Found, options: argparse.Namespace, teams: list[Team]) -> None:
-    text = page(found)
-    print(text)
-    print("\n".join(found["disagreements"]), file=sys.stderr)
-    if options.output is not None:
-        stem = _stem(options, teams[-1])
-        write_json(options.output / f"{stem}.json", found)
-        (options.output / f"{stem}.md").write_text(text)
-        if found["cost"]:
-            from benchmarks.scale.figure import draw  # it brings matplotlib
+    """What is found so far."""
+    if options.output is None:
+        return
+    stem = _stem(options, teams[-1])
+    write_json(options.output / f"{stem}.json", found)
+    (options.output / f"{stem}.md").write_text(page(found))
+    if found["cost"]:
+        from benchmarks.scale.figure import draw  # it brings matplotlib
 
-            where = found["environment"]["device"] + (", one thread" if options.device == "cpu" else "")
-            draw(found["cost"], options.output / f"{COST[options.device.split(':')[0]]}.png", where)
-    print(json.dumps({key: found[key] for key in ("op", "environment", "goals")}))
+        where = found["environment"]["device"] + (", one thread" if options.device == "cpu" else "")
+        draw(found["cost"], options.output / f"{COST[teams[-1].device]}.png", where)
