@@ -9,7 +9,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # imported so that configurations can name their classes without a module path
-from rsa_lightning import callbacks, hidden_cache, legacy, losses, reference, strategy, supervised, transforms  # noqa: F401
+from rsa_lightning import (  # noqa: F401
+    callbacks,
+    hidden_cache,
+    legacy,
+    losses,
+    reference,
+    stages,
+    strategy,
+    supervised,
+    transforms,
+)
 from rsa_lightning.config import load_file, parse
 from rsa_lightning.data.datamodule import PreferenceData, tokenizer_of
 from rsa_lightning.models import check_spec

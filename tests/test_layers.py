@@ -157,7 +157,8 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config hidden_cache legacy losses models processes reference strategy supervised policy_stage transforms data.datamodule",
+        "callbacks config hidden_cache legacy losses models processes reference stages strategy supervised policy_stage "
+        "transforms data.datamodule",
         "lightning",
     ),
     "evaluation.comparison": (
