@@ -6,15 +6,26 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # imported so that configurations can name their classes without a module path
-from rsa_lightning import callbacks, hidden_cache, legacy, losses, reference, stages, strategy, supervised, transforms  # noqa: F401
+from rsa_lightning import (  # noqa: F401
+    callbacks,
+    hidden_cache,
+    legacy,
+    losses,
+    reference,
+    stages,
+    strategy,
+    supervised,
+    transforms,
+)
 from rsa_lightning.config import load_file, parse
 from rsa_lightning.data.datamodule import PreferenceData, tokenizer_of
 from rsa_lightning.models import check_spec
 from rsa_lightning.policy_stage import PolicyStage
-from rsa_lightning.processes import launched
+from rsa_lightning.processes import by_slurm, launched
 from rsa_lightning.shards import is_sharded
 
 CHECKPOINT_NAMES = ("last", "best", "hpc")  # what Lightning finds by itself
@@ -79,13 +90,18 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         local, nodes = launched()
         asked = self._get(self.config_init, "trainer")
+        strategy.check_strategy(asked.get("strategy"))  # before the Trainer, which needs a GPU for some
         # what torchrun or SLURM has started is what is meant; on a CPU Lightning's `auto` is one process
         kwargs |= {"devices": local} if asked.get("devices") == "auto" and local * nodes > 1 else {}
         kwargs |= {"num_nodes": nodes} if asked.get("num_nodes") == 1 and nodes > 1 else {}
+        if by_slurm() and asked.get("plugins") is None:
+            # Lightning's would save in the middle of whatever a process is doing, at one place for all runs of a folder
+            kwargs |= {"plugins": [SLURMEnvironment(auto_requeue=False)]}
         trainer = super().instantiate_trainer(**kwargs)
-        if trainer.world_size != local * nodes and local * nodes > 1:  # each of them would train alone, without a word
+        used = trainer.num_devices * trainer.num_nodes
+        if used != local * nodes and local * nodes > 1:  # each of them would train alone, without a word
             raise ValueError(
-                f"{local * nodes} processes were started, the trainer uses {trainer.world_size}: leave trainer.devices "
+                f"{local * nodes} processes were started, the trainer uses {used}: leave trainer.devices "
                 "out, or set it to the processes of a node and trainer.num_nodes to the number of nodes"
             )
         return trainer
@@ -95,7 +111,6 @@ class FitCLI(LightningCLI):
             super().instantiate_classes()
         except MisconfigurationException as error:  # of arguments of the trainer; its own words name them
             raise ValueError(f"trainer: {error}") from error
-        strategy.check_strategy(self.trainer.strategy)
         self.model.check_precision(self.trainer.precision)
 
     def before_fit(self) -> None:

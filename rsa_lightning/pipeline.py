@@ -37,7 +37,7 @@ from rsa_lightning.models import PolicySpec, check_spec, load_policy
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.plan import BASE, AlignConfig, StepConfig, read_config
 from rsa_lightning.policy_stage import PolicyStage
-from rsa_lightning.processes import Processes, is_first
+from rsa_lightning.processes import Processes, is_first, sharing
 from rsa_lightning.run_data import RunData
 from rsa_lightning.saving import save_policy
 from rsa_lightning.sharing import take_over, trained_inputs
@@ -128,6 +128,7 @@ class Run:
         self.derived = Derived(self.config, self.lineage, self.manifest, self.console)
         built = {name: self._build(name) for name, step in self.config.steps.items() if step.trains}
         self._check_alike({name: cli.trainer.world_size for name, cli in built.items()})
+        self.sharing = {name: sharing(cli.trainer) for name, cli in built.items()}
         for name, cli in built.items():
             stage = cli.model
             self._check_policy(name, stage.policy_spec)
@@ -269,7 +270,8 @@ class Run:
     ) -> dict[str, Any] | None:
         """What decides the step's model, with its folder emptied; None where the model is there already."""
         folder, arguments = self.folder / name, self.data.arguments(step)
-        inputs = trained_inputs(name, beta, self.config, self.lineage, self.tokenizer, arguments, data.report)
+        pairs = data.batch_size * self.sharing[name]
+        inputs = trained_inputs(name, beta, self.config, self.lineage, self.tokenizer, arguments, data.report, pairs)
         why = self.manifest.why_again(name, inputs, folder / "model")
         if why is None:
             self.console.print(f"[bold]{name}[/]: reused (same configuration, data and start)")

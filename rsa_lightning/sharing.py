@@ -21,6 +21,8 @@ FILES = ("metrics.csv", "samples.jsonl", "preference.json")  # copied: a logger 
 
 # arguments of a Trainer that show what happens and change nothing
 DISPLAY = ("log_every_n_steps", "logger", "enable_progress_bar", "enable_model_summary", "profiler")
+# arguments of a Trainer that say how its processes are laid out: what counts is the pairs of all of them
+LAYOUT = ("devices", "num_nodes")
 # arguments of PreferenceData that the hashes of what they hold stand for
 PLACES = ("path", "validation_path", "evaluation_prompts", "tokenizer", "cache_dir")
 
@@ -33,6 +35,7 @@ def trained_inputs(
     tokenizer: str,
     data: Mapping[str, Any],
     report: Mapping[str, Any],
+    pairs_per_batch: int,
 ) -> dict[str, Any]:
     """Everything that decides the model of a step that trains; paths are replaced by the hashes of what they hold.
 
@@ -40,6 +43,7 @@ def trained_inputs(
         beta: the temperature of its loss.
         tokenizer: its folder.
         data: arguments of its PreferenceData, whose report says what was read.
+        pairs_per_batch: over all processes.
     """
     step, policy = config.steps[name], lineage.policy(name)
     settings = dataclasses.asdict(step)
@@ -51,11 +55,12 @@ def trained_inputs(
     return {
         "step": settings,
         "temperature": beta,
-        "trainer": {key: value for key, value in trainer.items() if key not in DISPLAY},
+        "trainer": {key: value for key, value in trainer.items() if key not in DISPLAY + LAYOUT},
         "model": {"dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code},
         "seed": config.seed,
+        "pairs_per_batch": pairs_per_batch,
         "data": {
-            **{key: value for key, value in data.items() if key not in PLACES},
+            **{key: value for key, value in data.items() if key not in PLACES and key != "batch_size"},
             "sha256": list(report["sha256"].values()),
             "examples": report["examples_sha256"],  # what a template file or a reader made of them
         },

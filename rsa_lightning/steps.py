@@ -214,6 +214,8 @@ def _trainer(given: Mapping[str, Any], folder: Path, progress_bar: bool) -> dict
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
         "enable_progress_bar": progress_bar,
+        # where Lightning looks for a checkpoint of a requeued job: that of another step must not be found
+        "default_root_dir": str(folder),
         **given,
     }
     trainer["logger"] = [

@@ -317,14 +317,15 @@ def make_mesh(device: str, world: int, replicas: int, tensor: int) -> DeviceMesh
     return init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Raises ValueError at strategies of Lightning that would train something else than asked."""
+def check_strategy(strategy: Strategy | str) -> None:
+    """Raises ValueError at strategies of Lightning, or names of theirs, that would train something else than asked."""
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
         raise ValueError(
             "trainer.strategy ModelParallelStrategy: its automatic sizes let all devices of a node train on the same "
             "pairs, and it shards nothing by itself. Set trainer.strategy to FSDP2"
         )
-    if isinstance(strategy, FSDPStrategy):
+    named = isinstance(strategy, str) and strategy.lower().startswith("fsdp") and strategy.lower() != "fsdp2"
+    if named or isinstance(strategy, FSDPStrategy):
         raise ValueError(
             "trainer.strategy fsdp (FSDP1) gathers the head outside the operator that reads it, and cannot be tested "
             "without GPUs. Set trainer.strategy to FSDP2"

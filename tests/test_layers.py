@@ -158,7 +158,8 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config hidden_cache legacy losses models processes reference shards stages strategy supervised policy_stage transforms data.datamodule",
+        "callbacks config hidden_cache legacy losses models processes reference shards stages strategy supervised policy_stage "
+        "transforms data.datamodule",
         "lightning",
     ),
     "evaluation.comparison": (
