@@ -103,11 +103,7 @@ def fill(policy: Policy, source: Policy | None, device: torch.device, how: Shard
     Raises:
         RuntimeError: the sharded model does not compute what the plain one does.
     """
-    tied = list(_tied(policy))
-    policy.to_empty(device="cpu" if how.cpu_offload else device)
-    for first, *others in tied:
-        for module, name in others:
-            setattr(module, name, getattr(*first))
+    materialise(policy, torch.device("cpu") if how.cpu_offload else device)
     state = {} if source is None else source.state_dict()
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(policy, state, options=whole)
@@ -119,6 +115,15 @@ def fill(policy: Policy, source: Policy | None, device: torch.device, how: Shard
         dist.broadcast(buffer.data, src=0)
     packing.attend(policy.model, packed, check=False)  # the plain copy has been checked
     _verify(policy, source, device, how)
+
+
+def materialise(policy: Policy, device: torch.device) -> None:
+    """Memory for a policy on the meta device, in place, without contents; what is tied stays tied."""
+    tied = list(_tied(policy))
+    policy.to_empty(device=device)
+    for first, *others in tied:
+        for module, name in others:
+            setattr(module, name, getattr(*first))
 
 
 def gather(policy: Policy) -> dict[str, Tensor]:

@@ -98,11 +98,28 @@ class FSDP2(ModelParallelStrategy):
         # not super(): it would set up a mesh of sizes that do not fit
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
-        self._device_mesh = make_mesh(self.root_device.type, self.world_size, self.replicas, self.tensor_parallel)
-        self._data_parallel_size = self.world_size // self.tensor_parallel
-        self._tensor_parallel_size = self.tensor_parallel
+        self.arrange(self.world_size, self.root_device.type)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    def arrange(self, world_size: int, device_type: str) -> None:
+        """Makes the mesh of processes that are joined. Raises ValueError where they cannot be arranged as asked."""
+        self._device_mesh = make_mesh(device_type, world_size, self.replicas, self.tensor_parallel)
+        self._data_parallel_size = world_size // self.tensor_parallel
+        self._tensor_parallel_size = self.tensor_parallel
+
+    @property
+    def offloads(self) -> bool:
+        return self._options["cpu_offload"]
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether activations are computed again."""
+        return self._options["activation_checkpointing"]
+
+    @property
+    def reshards(self) -> bool:
+        return self._options["reshard_after_forward"]
 
     def _get_process_group_backend(self) -> str:
         return backend_of(self.root_device)
@@ -150,17 +167,21 @@ class FSDP2(ModelParallelStrategy):
         if spec.quantize is not None:
             raise ValueError("policy.quantize: weights in 4 or 8 bits cannot be sharded; drop it, or take strategy ddp")
         source = self._first(lambda: _plain(spec, tokenizer, packed), LOADING)
+        policy = self.outline(spec, tokenizer, frozen=frozen)
+        if source is not None:
+            _cast_weights(source, self._held(self.sharding, frozen))
+        fill(policy, source, self.root_device, self.sharding, packed)
+        return policy
+
+    def outline(self, spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None, *, frozen: bool = False) -> Policy:
+        """The policy of a specification on the meta device, sharded: places for weights that come later."""
         policy = load_policy(spec, tokenizer, weights=False)
-        how = self.sharding
         if frozen:
             policy.requires_grad_(False).eval()
-        for model in (policy, source):
-            if model is not None:
-                _cast_weights(model, self._held(how, frozen))
+        _cast_weights(policy, self._held(self.sharding, frozen))
         if self.tensor_parallel > 1:
             parallelize(policy, self.device_mesh["tensor"])
-        shard(policy, how)
-        fill(policy, source, self.root_device, how, packed)
+        shard(policy, self.sharding)
         return policy
 
     def _held(self, how: Sharding, frozen: bool) -> torch.dtype | None:
