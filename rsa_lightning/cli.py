@@ -10,6 +10,8 @@ USAGE = """usage: rsa COMMAND [options]
 
   rsa align -c FILE [-c LAYER ...] [--output DIR] [--KEY.SUBKEY VALUE ...]
       the whole pipeline of a YAML: its steps in order, then evaluation and report; finished steps are reused
+  rsa align --dry-run --world-size N -c FILE [-c LAYER ...] [--KEY.SUBKEY VALUE ...]
+      nothing but tables: memory per GPU, communication and schedule of every step on N GPUs; needs none of them
   rsa fit | validate | test -c FILE [-c LAYER ...] [--KEY.SUBKEY VALUE ...]
       one stage, as a LightningCLI; `rsa fit --help` lists every key
   rsa prepare -c FILE [-c LAYER ...] [--report FILE] [--KEY.SUBKEY VALUE ...]
@@ -104,8 +106,17 @@ def _align(arguments: list[str]) -> int:
     _no_weight_bars()
     parser = layer_parser("rsa align", "[--output DIR] [--KEY.SUBKEY VALUE ...]", KEYS)
     parser.add_argument("--print_config", action="store_true", help="print the merged configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print memory, communication and schedule, and stop")
+    parser.add_argument("--world-size", type=int, metavar="N", help="GPUs of a dry run")
     known, rest = parser.parse_known_args(arguments)
     config = load_layers(known.config, overrides(rest))
+    if known.dry_run or known.world_size is not None:
+        from rsa_lightning.dryrun import dry_run
+
+        if not known.dry_run or known.world_size is None:
+            raise ValueError("--dry-run and --world-size N belong together: N is the number of GPUs to plan for")
+        dry_run(config, known.world_size)
+        return 0
     if known.print_config:
         read_config(config)  # its keys; classes and data are checked by a run
         print(dump(config), end="")

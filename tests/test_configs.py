@@ -1,5 +1,6 @@
 """Every shipped configuration parses and survives a one-step run; README and Makefile say the same commands."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -7,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from rsa_lightning.cli import main
-from rsa_lightning.config import load_file
+from rsa_lightning.config import load_file, load_layers
+from rsa_lightning.fit import FitCLI
+from rsa_lightning.plan import read_config
+from rsa_lightning.strategy import FSDP2
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+SIZES = sorted(path.name for path in (ROOT / "configs/sizes").glob("*.yaml"))
 DEBUG = ROOT / "configs/debug.yaml"
 ALIGN = {"quickstart.yaml", "hh.yaml", "pku.yaml"}
 FIT = {"reward.yaml", "safety.yaml"}
@@ -31,7 +36,8 @@ def one_step(kind: str, config: str, *arguments) -> int:
 
 
 def test_every_configuration_is_tested():
-    assert set(CONFIGS) == ALIGN | FIT | {"debug.yaml", "sweep.yaml"}
+    assert set(CONFIGS) == ALIGN | FIT | {"debug.yaml", "fsdp2.yaml", "sweep.yaml"}
+    assert SIZES == ["llama_70b.yaml", "llama_7b.yaml"]
 
 
 @pytest.mark.parametrize("config", sorted(FIT))
@@ -47,6 +53,31 @@ def test_the_quickstart_survives_one_step(tmp_path):
     size = ["--data.stories.demonstrations", 80, "--data.stories.pairs", 80, "--trainer.max_steps", 1]
     assert one_step("align", "quickstart.yaml", "--output", tmp_path / "run", *size, *SMALL) == 0
     assert len(json.loads((tmp_path / "run/results.json").read_text())["models"]) == 3
+
+
+@pytest.mark.parametrize("config", [*sorted(FIT), *sorted(ALIGN)])
+def test_the_layer_for_many_gpus_fits_over_every_configuration(config, tmp_path, monkeypatch):
+    """Its keys are known to `rsa fit` and `rsa align`; on this machine it runs as one process."""
+    monkeypatch.chdir(tmp_path)
+    layers = [str(ROOT / "configs" / name) for name in (config, "fsdp2.yaml")]
+    if config in FIT:
+        values = load_layers(layers)
+        values["data"]["path"], values["trainer"]["accelerator"] = "pairs.jsonl", "cpu"
+        values["trainer"] |= {"logger": False, "callbacks": None}
+        strategy = FitCLI(values).trainer.strategy
+        assert isinstance(strategy, FSDP2)
+        given = set(load_file(layers[1])["trainer"]["strategy"]["init_args"])
+        assert given == set(inspect.signature(FSDP2).parameters) - {"tensor_parallel", "timeout_minutes"}
+        return
+    assert main(["align", "-c", layers[0], "-c", layers[1], "--dry-run", "--world-size", "2"]) == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_layers_of_sizes_are_of_configurations(size):
+    """Planned in tests/test_dryrun.py."""
+    values = load_layers([ROOT / "configs/pku.yaml", ROOT / "configs/sizes" / size])
+    read_config(values)
+    assert re.search(rf"# Run:  rsa align .*-c configs/sizes/{size}", (ROOT / "configs/sizes" / size).read_text())
 
 
 def test_the_sweep_survives_one_step_a_point(tmp_path, monkeypatch):

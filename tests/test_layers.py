@@ -204,13 +204,25 @@ ROOMS = {
         "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
         "rich",
     ),
+    "meter": ("", "torch"),
+    "fake_head": ("kernels kernels.pairs kernels.rows kernels.workspace meter models", "torch"),
+    "fake_step": (
+        "kernels.dispatch kernels.workspace clipping fake_head meter models policy_stage reference sharding stages strategy",
+        "torch lightning transformers",
+    ),
+    "footprint": ("fake_step meter models policy_stage strategy", "torch lightning"),
+    "planned": (
+        "data.tokenize fake_step fit footprint hub lineage models parsing plan policy_stage steps strategy",
+        "lightning transformers",
+    ),
+    "dryrun": ("lineage meter plan planned steps", "rich pyarrow"),
     "card": ("evaluation.wording", ""),
     "export": (
         "adapters callbacks card checkpoint config data.datamodule data.tokenize fit hub manifest models policy_stage "
         "saving shards",
         "torch",
     ),
-    "cli": ("budget config export fit merge parsing pipeline plan preparation sweep", "transformers"),
+    "cli": ("budget config dryrun export fit merge parsing pipeline plan preparation sweep", "transformers"),
 }
 
 
