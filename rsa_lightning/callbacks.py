@@ -8,9 +8,9 @@ import lightning as L
 from rsa_lightning.adapters import CONFIG
 from rsa_lightning.checkpoint import check_replaceable
 from rsa_lightning.models import PolicySpec
+from rsa_lightning.parallel.sharding import is_sharded
 from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.saving import save_adapter, save_policy, whole
-from rsa_lightning.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 

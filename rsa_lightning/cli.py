@@ -6,6 +6,8 @@ import sys
 import traceback
 import warnings
 
+from rsa_lightning.parallel.launch import is_first
+
 USAGE = """usage: rsa COMMAND [options]
 
   rsa align -c FILE [-c LAYER ...] [--output DIR] [--KEY.SUBKEY VALUE ...]
@@ -111,7 +113,7 @@ def _align(arguments: list[str]) -> int:
     known, rest = parser.parse_known_args(arguments)
     config = load_layers(known.config, overrides(rest))
     if known.dry_run or known.world_size is not None:
-        from rsa_lightning.dryrun import dry_run
+        from rsa_lightning.dryrun.command import dry_run
 
         if not known.dry_run or known.world_size is None:
             raise ValueError("--dry-run and --world-size N belong together: N is the number of GPUs to plan for")
@@ -151,7 +153,7 @@ def _show_our_messages() -> None:
     for name in ("rsa_lightning", "rsa_kernels"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if is_first() else logging.ERROR)  # what all processes say is said once
     noise = ("LeafSpec", "does not have many workers", "exists and is not empty", "smaller than the logging interval")
     for message in (f".*{part}.*" for part in noise):
         warnings.filterwarnings("ignore", message=message)

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rsa_lightning import shards
 from rsa_lightning.adapters import CONFIG
 from rsa_lightning.callbacks import base_of
 from rsa_lightning.card import checkpoint_card, step_card
@@ -25,6 +24,7 @@ from rsa_lightning.fit import FitCLI
 from rsa_lightning.hub import is_hub_name
 from rsa_lightning.manifest import Manifest
 from rsa_lightning.models import PolicySpec, load_policy
+from rsa_lightning.parallel import shards
 from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.saving import save_adapter, save_policy
 

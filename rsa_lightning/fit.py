@@ -17,16 +17,16 @@ from rsa_lightning import (  # noqa: F401
     losses,
     reference,
     stages,
-    strategy,
     supervised,
     transforms,
 )
 from rsa_lightning.config import load_file, parse
 from rsa_lightning.data.datamodule import PreferenceData, tokenizer_of
 from rsa_lightning.models import check_spec
+from rsa_lightning.parallel import strategy
+from rsa_lightning.parallel.launch import by_slurm, launched
+from rsa_lightning.parallel.shards import is_sharded
 from rsa_lightning.policy_stage import PolicyStage
-from rsa_lightning.processes import by_slurm, launched
-from rsa_lightning.shards import is_sharded
 
 CHECKPOINT_NAMES = ("last", "best", "hpc")  # what Lightning finds by itself
 TRAINER_DEFAULTS: dict[str, Any] = {

@@ -34,10 +34,11 @@ from rsa_lightning.fit import FitCLI
 from rsa_lightning.lineage import Lineage, local
 from rsa_lightning.manifest import Manifest
 from rsa_lightning.models import PolicySpec, check_spec, load_policy
+from rsa_lightning.parallel.launch import is_first
+from rsa_lightning.parallel.processes import Processes, sharing
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.plan import BASE, AlignConfig, StepConfig, read_config
 from rsa_lightning.policy_stage import PolicyStage
-from rsa_lightning.processes import Processes, is_first, sharing
 from rsa_lightning.run_data import RunData
 from rsa_lightning.saving import save_policy
 from rsa_lightning.sharing import take_over, trained_inputs

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from rsa_lightning import packing
 from rsa_lightning.adapters import base_fingerprint
-from rsa_lightning.clipping import clip_by_norm
 from rsa_lightning.data.batch import ROLES, PreferenceBatch
 from rsa_lightning.metrics import WeightedMeans
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.optim import Schedule
-from rsa_lightning.strategy import FSDP2
+from rsa_lightning.parallel.clipping import clip_by_norm
+from rsa_lightning.parallel.strategy import FSDP2
 
 log = logging.getLogger(__name__)
 

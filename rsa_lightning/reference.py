@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from rsa_lightning.adapters import adapter_off
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
+from rsa_lightning.parallel.sharding import is_sharded
 from rsa_lightning.scoring import Scoring
-from rsa_lightning.sharding import is_sharded
 
 # max |log policy - log reference|, nats per token, on the first batch: the same weights differ by rounding only
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rsa_lightning.adapters import CONFIG, merged, write_adapter
 from rsa_lightning.checkpoint import check_replaceable, replaced_whole
 from rsa_lightning.models import Policy, load_policy
-from rsa_lightning.sharding import gather
+from rsa_lightning.parallel.sharding import gather
 
 
 def whole(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Policy:

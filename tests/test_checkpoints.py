@@ -15,14 +15,14 @@ import torch.distributed as dist
 from processes import on_ranks
 from transformers import LlamaForCausalLM
 
-from rsa_lightning import shards
 from rsa_lightning.adapters import Lora
 from rsa_lightning.cli import main
 from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.losses import DPO
 from rsa_lightning.models import PolicySpec
+from rsa_lightning.parallel import shards
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.stages import RewardAlignment, SafetyAlignment
-from rsa_lightning.strategy import FSDP2
 from rsa_lightning.transforms import Hinge
 
 GLOBAL_BATCH = 8

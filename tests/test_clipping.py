@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from rsa_lightning.clipping import clip_by_norm
+from rsa_lightning.parallel.clipping import clip_by_norm
 
 SHAPES = {
     "plain": (3, 4),

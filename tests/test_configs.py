@@ -10,8 +10,8 @@ import pytest
 from rsa_lightning.cli import main
 from rsa_lightning.config import load_file, load_layers
 from rsa_lightning.fit import FitCLI
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.plan import read_config
-from rsa_lightning.strategy import FSDP2
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

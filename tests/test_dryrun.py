@@ -23,16 +23,16 @@ from rsa_lightning.adapters import Lora
 from rsa_lightning.cli import main
 from rsa_lightning.config import load_layers
 from rsa_lightning.data.batch import EncodedPair, collate
-from rsa_lightning.dryrun import count_rows, dry_run
-from rsa_lightning.fake_step import Footprint, Work, take_step
-from rsa_lightning.footprint import fake_processes, footprint
+from rsa_lightning.dryrun.command import count_rows, dry_run
+from rsa_lightning.dryrun.fake_step import Footprint, Work, take_step
+from rsa_lightning.dryrun.footprint import fake_processes, footprint
+from rsa_lightning.dryrun.meter import Call, Meter
+from rsa_lightning.dryrun.planned import sent_by_formula, step_flops
 from rsa_lightning.losses import DPO, RSA, PreferenceLoss
-from rsa_lightning.meter import Call, Meter
 from rsa_lightning.models import PolicySpec
-from rsa_lightning.planned import sent_by_formula, step_flops
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.reference import FrozenCopy, Reference
 from rsa_lightning.stages import RewardAlignment
-from rsa_lightning.strategy import FSDP2
 from tests.processes import on_ranks
 
 ROOT = Path(__file__).parents[1]

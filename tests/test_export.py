@@ -26,9 +26,9 @@ from rsa_lightning.cli import main
 from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.losses import DPO
 from rsa_lightning.models import Policy, PolicySpec
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.pipeline import align
 from rsa_lightning.stages import RewardAlignment
-from rsa_lightning.strategy import FSDP2
 
 LLAMA = {
     "model_type": "llama",

@@ -24,10 +24,10 @@ from rsa_lightning.data.datamodule import PreferenceData
 from rsa_lightning.hidden_cache import HiddenCache
 from rsa_lightning.losses import DPO, KTO, RSA, TDPO, PreferenceLoss
 from rsa_lightning.models import PolicySpec, load_policy
+from rsa_lightning.parallel.sharding import Sharding, blocks, fill, gather, shard
+from rsa_lightning.parallel.strategy import FSDP2, check_strategy, make_mesh
 from rsa_lightning.reference import FrozenCopy, Reference
-from rsa_lightning.sharding import Sharding, blocks, fill, gather, shard
 from rsa_lightning.stages import RewardAlignment
-from rsa_lightning.strategy import FSDP2, check_strategy, make_mesh
 
 GLOBAL_BATCH = 8
 SMALL = {

@@ -23,7 +23,7 @@ import yaml
 from processes import on_ranks
 
 from rsa_lightning.cli import main
-from rsa_lightning.processes import launched
+from rsa_lightning.parallel.launch import launched
 
 ROOT = Path(__file__).parents[1]
 REWARD, QUICKSTART, SBATCH = (

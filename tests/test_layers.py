@@ -101,28 +101,31 @@ ROOMS = {
         "adapters checkpoint data.batch data.tokenize hub models",
         "torch lightning",
     ),
-    "reference": ("adapters models scoring sharding data.batch", "torch"),
+    "reference": ("adapters models scoring parallel.sharding data.batch", "torch"),
     "hidden_store": ("checkpoint", "torch numpy safetensors"),
     "hidden_cache": (
         "checkpoint data.batch data.cache hidden_store models reference scoring",
         "torch numpy lightning",
     ),
-    "sharding": ("models packing", "torch"),
-    "processes": ("parsing", "torch lightning"),
-    "shards": ("parsing", "torch"),
-    "strategy": ("models packing parsing processes sharding shards tensor_parallel", "torch lightning transformers"),
-    "saving": ("adapters checkpoint models sharding", "torch transformers"),
-    "vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
-    "vocab_parallel": (
-        "kernels kernels.checks kernels.loop kernels.naive kernels.pairs kernels.risk kernels.workspace vocab_rows",
+    "parallel.sharding": ("models packing", "torch"),
+    "parallel.processes": ("parsing", "torch lightning"),
+    "parallel.shards": ("parsing", "torch"),
+    "parallel.strategy": (
+        "models packing parsing parallel.processes parallel.sharding parallel.shards parallel.tensor",
+        "torch lightning transformers",
+    ),
+    "saving": ("adapters checkpoint models parallel.sharding", "torch transformers"),
+    "parallel.vocab_rows": ("kernels.pairs kernels.risk", "torch jaxtyping"),
+    "parallel.vocab": (
+        "kernels kernels.checks kernels.loop kernels.naive kernels.pairs kernels.risk kernels.workspace parallel.vocab_rows",
         "torch jaxtyping",
     ),
-    "tensor_parallel": ("kernels models vocab_parallel", "torch jaxtyping"),
-    "clipping": ("", "torch jaxtyping"),
+    "parallel.tensor": ("kernels models parallel.vocab", "torch jaxtyping"),
+    "parallel.clipping": ("", "torch jaxtyping"),
     "optim": ("", "torch transformers"),
     "metrics": ("kernels data.batch losses", "torch torchmetrics jaxtyping"),
     "policy_stage": (
-        "kernels adapters clipping data.batch metrics models optim packing strategy",
+        "kernels adapters parallel.clipping data.batch metrics models optim packing parallel.strategy",
         "torch lightning",
     ),
     "stages": (
@@ -130,12 +133,15 @@ ROOMS = {
         "torch lightning jaxtyping",
     ),
     "supervised": ("kernels data.batch models optim policy_stage", "torch"),
-    "callbacks": ("adapters checkpoint models policy_stage saving sharding", "lightning"),
+    "callbacks": ("adapters checkpoint models policy_stage saving parallel.sharding", "lightning"),
     "checkpoint": ("", ""),
     "manifest": ("checkpoint", ""),
     "sharing": ("checkpoint config lineage manifest plan", ""),
     "config": ("", "yaml"),
     "parsing": ("", ""),
+    "parallel": ("", ""),
+    "parallel.launch": ("", ""),
+    "dryrun": ("", ""),
     "evaluation": ("", ""),
     "evaluation.tail": ("kernels.risk", "torch jaxtyping"),
     "evaluation.samples": ("checkpoint", ""),
@@ -158,7 +164,7 @@ ROOMS = {
         "torch rich",
     ),
     "fit": (
-        "callbacks config hidden_cache legacy losses models processes reference shards stages strategy supervised policy_stage "
+        "callbacks config hidden_cache legacy losses models parallel.launch reference parallel.shards stages parallel.strategy supervised policy_stage "
         "transforms data.datamodule",
         "lightning",
     ),
@@ -192,7 +198,7 @@ ROOMS = {
         "",
     ),
     "pipeline": (
-        "assess checkpoint data.datamodule data.tokenize derived fit lineage manifest models parsing plan processes "
+        "assess checkpoint data.datamodule data.tokenize derived fit lineage manifest models parsing plan parallel.launch parallel.processes "
         "policy_stage run_data saving sharing stages steps stories",
         "lightning rich",
     ),
@@ -204,25 +210,28 @@ ROOMS = {
         "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
         "rich",
     ),
-    "meter": ("", "torch"),
-    "fake_head": ("kernels kernels.pairs kernels.rows kernels.workspace meter models", "torch"),
-    "fake_step": (
-        "kernels.dispatch kernels.workspace clipping fake_head meter models policy_stage reference sharding stages strategy",
+    "dryrun.meter": ("", "torch"),
+    "dryrun.fake_head": ("kernels kernels.pairs kernels.rows kernels.workspace dryrun.meter models", "torch"),
+    "dryrun.fake_step": (
+        "kernels.dispatch kernels.workspace parallel.clipping dryrun.fake_head dryrun.meter models policy_stage reference parallel.sharding stages parallel.strategy",
         "torch lightning transformers",
     ),
-    "footprint": ("fake_step meter models policy_stage strategy", "torch lightning"),
-    "planned": (
-        "data.tokenize fake_step fit footprint hub lineage models parsing plan policy_stage steps strategy",
+    "dryrun.footprint": ("dryrun.fake_step dryrun.meter models policy_stage parallel.strategy", "torch lightning"),
+    "dryrun.planned": (
+        "data.tokenize dryrun.fake_step fit dryrun.footprint hub lineage models parsing plan policy_stage steps parallel.strategy",
         "lightning transformers",
     ),
-    "dryrun": ("lineage meter plan planned steps", "rich pyarrow"),
+    "dryrun.command": ("lineage dryrun.meter plan dryrun.planned steps", "rich pyarrow"),
     "card": ("evaluation.wording", ""),
     "export": (
         "adapters callbacks card checkpoint config data.datamodule data.tokenize fit hub manifest models policy_stage "
-        "saving shards",
+        "saving parallel.shards",
         "torch",
     ),
-    "cli": ("budget config dryrun export fit merge parsing pipeline plan preparation sweep", "transformers"),
+    "cli": (
+        "budget config dryrun.command export fit merge parsing pipeline plan preparation sweep parallel.launch",
+        "transformers",
+    ),
 }
 
 

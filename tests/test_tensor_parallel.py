@@ -19,13 +19,13 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from rsa_lightning.clipping import clip_by_norm
 from rsa_lightning.data.batch import EncodedPair, PreferenceBatch, collate
 from rsa_lightning.losses import DPO, RSA
 from rsa_lightning.models import Policy, PolicySpec, ReferenceStates
+from rsa_lightning.parallel.clipping import clip_by_norm
+from rsa_lightning.parallel.tensor import VocabParallelHead, parallelize
 from rsa_lightning.reference import FrozenCopy
 from rsa_lightning.stages import RewardAlignment
-from rsa_lightning.tensor_parallel import VocabParallelHead, parallelize
 
 SIZES = {"vocab_size": 62, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0}

@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rsa_lightning.vocab_parallel import vocab_parallel_token_risk
-from rsa_lightning.vocab_rows import Across, rows_forward
+from rsa_lightning.parallel.vocab import vocab_parallel_token_risk
+from rsa_lightning.parallel.vocab_rows import Across, rows_forward
 
 V, H, R, N = 53, 8, 6, 24
 RISKS = [None, KL(), ERM(-1.0), ERM(0.1), ERM(0.05), ERM(5.0), CVaR(0.01), CVaR(0.1), CVaR(0.5), CVaR(0.97), CVaR(1.0)]

@@ -25,7 +25,7 @@ from benchmarks.scale.loops import provider_loop
 from benchmarks.scale.traffic import Traffic
 from benchmarks.scale.turns import timed
 from benchmarks.timing import peak_extra_bytes
-from rsa_lightning.strategy import FSDP2
+from rsa_lightning.parallel.strategy import FSDP2
 
 
 @dataclass(frozen=True)

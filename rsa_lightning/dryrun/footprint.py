@@ -15,11 +15,11 @@ from lightning.pytorch.strategies import Strategy
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from rsa_lightning.fake_step import Footprint, Work, take_step
-from rsa_lightning.meter import KINDS, Kind, Mark
+from rsa_lightning.dryrun.fake_step import Footprint, Work, take_step
+from rsa_lightning.dryrun.meter import KINDS, Kind, Mark
 from rsa_lightning.models import PolicySpec
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.policy_stage import PolicyStage
-from rsa_lightning.strategy import FSDP2
 
 SHALLOW = (4, 5)  # depths that are run where the model is deeper: two blocks at either end, and one more between them
 

@@ -21,15 +21,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
-from rsa_lightning.clipping import clip_by_norm
-from rsa_lightning.fake_head import HeadMemory
-from rsa_lightning.meter import Call, Kind, Mark, Meter
+from rsa_lightning.dryrun.fake_head import HeadMemory
+from rsa_lightning.dryrun.meter import Call, Kind, Mark, Meter
 from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
+from rsa_lightning.parallel.clipping import clip_by_norm
+from rsa_lightning.parallel.sharding import blocks, is_sharded, materialise, set_gradient_sync
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.reference import AdapterOff, FrozenCopy, Reference, working_dtype
-from rsa_lightning.sharding import blocks, is_sharded, materialise, set_gradient_sync
 from rsa_lightning.stages import AlignmentStage
-from rsa_lightning.strategy import FSDP2
 
 REPEATED = 2  # micro-batches that are run where more are accumulated: the first, and the one that reduces
 

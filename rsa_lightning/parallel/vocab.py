@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from rsa_lightning.vocab_rows import Across, rows_forward, rows_gradient, simplest
+from rsa_lightning.parallel.vocab_rows import Across, rows_forward, rows_gradient, simplest
 
 Maybe = Tensor | None
 # of a chunk, fp32 or fp64, [C, v] each: two models, their difference, its mass and key, the CVaR search among the rows

@@ -24,12 +24,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedTokenizerBase
 
-from rsa_lightning import packing, shards
+from rsa_lightning import packing
 from rsa_lightning.models import Policy, PolicySpec, load_policy
+from rsa_lightning.parallel import shards
+from rsa_lightning.parallel.processes import backend_of
+from rsa_lightning.parallel.sharding import Sharding, fill, set_gradient_sync, shard
+from rsa_lightning.parallel.tensor import parallelize
 from rsa_lightning.parsing import first_line
-from rsa_lightning.processes import backend_of
-from rsa_lightning.sharding import Sharding, fill, set_gradient_sync, shard
-from rsa_lightning.tensor_parallel import parallelize
 
 log = logging.getLogger(__name__)
 

@@ -19,33 +19,6 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 
 
-def launched() -> tuple[int, int]:
-    """(processes of this node, nodes), as torchrun or SLURM has started them; (1, 1) for a process by itself.
-
-    Raises:
-        ValueError: SLURM's tasks are not equally many on every node, or are not said per node.
-    """
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" in environment:
-        local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-        return local, max(1, int(environment.get("WORLD_SIZE", "1")) // local)
-    if not by_slurm():
-        return 1, 1
-    tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", "1"))
-    if tasks > 1 and int(environment.get("SLURM_NTASKS_PER_NODE", "0")) * nodes != tasks:
-        raise ValueError(
-            f"SLURM has started {tasks} tasks on {nodes} nodes, not equally many on each: give --nodes and "
-            "--ntasks-per-node, and leave --ntasks out"
-        )
-    return tasks // nodes, nodes
-
-
-def by_slurm() -> bool:
-    """Whether this process is a task of SLURM's, and not a shell's or torchrun's."""
-    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return "SLURM_NTASKS" in os.environ and not interactive and "TORCHELASTIC_RUN_ID" not in os.environ
-
-
 def sharing(trainer: L.Trainer) -> int:
     """Processes of a trainer with pairs of their own: those that share matrices count as one."""
     return int((getattr(trainer, "distributed_sampler_kwargs", None) or {}).get("num_replicas", trainer.world_size))
@@ -54,11 +27,6 @@ def sharing(trainer: L.Trainer) -> int:
 def backend_of(device: torch.device) -> str:
     """Collectives of tensors on the device and, for offloaded weights and their norms, of tensors on the CPU."""
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-
-
-def is_first() -> bool:
-    """Whether this is the process that speaks, before any are joined."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
 
 
 class Processes:

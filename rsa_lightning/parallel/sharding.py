@@ -33,7 +33,7 @@ TOLERANCE_LOW_PRECISION = 3e-2
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is cut up. The attributes are arguments of `rsa_lightning.strategy.FSDP2`.
+    """How a model is cut up. The attributes are arguments of `rsa_lightning.parallel.strategy.FSDP2`.
 
     Args:
         mesh: processes that share a model; two dimensions replicate it over the first and shard it over the second.
@@ -71,7 +71,9 @@ def shard(policy: Policy, how: Sharding) -> None:
     # the step's numbers (risk weights, offsets, costs) stay in float32 whatever the weights are in
     uncast = dataclasses.replace(how.precision, cast_forward_inputs=False)
     if how.activation_checkpointing and any(parameter.requires_grad for parameter in policy.parameters()):
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # its name until transformers 6 was another one
+        enable = getattr(policy.model, "activation_checkpointing_enable", policy.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     for block in blocks(policy):
         fully_shard(block, mp_policy=how.precision, reshard_after_forward=how.reshard_after_forward, **options)
         if how.compile:

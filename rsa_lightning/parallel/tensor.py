@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from rsa_lightning.models import Policy, ReferenceStates, RiskHead
-from rsa_lightning.vocab_parallel import vocab_parallel_token_risk
+from rsa_lightning.parallel.vocab import vocab_parallel_token_risk
 
 # model types whose blocks were compared with one process, in tests/test_tensor_parallel.py
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")

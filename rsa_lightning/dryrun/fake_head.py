@@ -12,7 +12,7 @@ from rsa_kernels.rows import TORCH_ROWS
 from rsa_kernels.workspace import Plan, Sizes, Strategy, padded, plan
 from torch import Tensor
 
-from rsa_lightning.meter import Meter
+from rsa_lightning.dryrun.meter import Meter
 from rsa_lightning.models import ReferenceStates, RiskHead
 
 # the kernels for GPUs take nothing beside logits (`rsa_kernels.fused.rows.price`; importing it needs Triton)

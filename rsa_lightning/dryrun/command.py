@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rsa_lightning.dryrun.meter import KINDS, Call, Kind
+from rsa_lightning.dryrun.planned import Planned, Planner, sent_by_formula, step_flops, step_tokens
 from rsa_lightning.lineage import Lineage
-from rsa_lightning.meter import KINDS, Call, Kind
 from rsa_lightning.plan import AlignConfig, StepConfig, read_config
-from rsa_lightning.planned import Planned, Planner, sent_by_formula, step_flops, step_tokens
 from rsa_lightning.steps import CRITERIA, is_late, sources_of
 
 GIB = 2**30

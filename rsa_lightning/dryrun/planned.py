@@ -10,17 +10,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig
 
 from rsa_lightning.data.tokenize import load_tokenizer
-from rsa_lightning.fake_step import Footprint, Work
+from rsa_lightning.dryrun.fake_step import Footprint, Work
+from rsa_lightning.dryrun.footprint import footprint
 from rsa_lightning.fit import FitCLI
-from rsa_lightning.footprint import footprint
 from rsa_lightning.hub import is_hub_name
 from rsa_lightning.lineage import Lineage
 from rsa_lightning.models import PolicySpec
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.parsing import first_line, plain_message
 from rsa_lightning.plan import BASE, AlignConfig, StepConfig
 from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.steps import fit_config
-from rsa_lightning.strategy import FSDP2
 
 # arguments of the Trainer that are about machines or folders
 ELSEWHERE = ("accelerator", "devices", "num_nodes", "logger", "callbacks", "profiler", "plugins", "enable_progress_bar")
