@@ -130,7 +130,7 @@ def test_a_run_takes_the_layer(asked, heavy, tmp_path):
     layers = [CONFIGS / "quickstart.yaml", CONFIGS / "methods/sacpo.yaml", path]
     config = load_layers(layers, [("output", str(tmp_path / "run")), ("data.stories.pairs", "60")])
     step = load_file(path)["steps"]["safety"]
-    stage = Run(read_config(config), config, Console(file=io.StringIO())).check()["safety"]
+    stage = Run(read_config(config), config, Console(file=io.StringIO())).check()["safety"].model
     assert type(stage.labels.transform).__name__ == step["cost_transform"]["class_path"]
     assert stage.labels.base == DPO(beta=step["temperature"])
 
