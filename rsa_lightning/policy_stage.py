@@ -75,8 +75,9 @@ class PolicyStage(L.LightningModule, abc.ABC):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if gradient_clip_algorithm in (None, "norm") and gradient_clip_val:
-            clip_by_norm(self._trainable().values(), float(gradient_clip_val))  # on every mesh
+        norm = gradient_clip_algorithm in (None, "norm") and gradient_clip_val
+        if norm and isinstance(self.trainer.strategy, FSDP2):  # torch's function refuses parameters on several meshes
+            clip_by_norm(self._trainable().values(), float(gradient_clip_val or 0.0))
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
