@@ -122,31 +122,39 @@ class RiskHead(nn.Linear):
         strategy: Strategy = "auto",
         impl: Impl = "auto",
     ) -> TokenStats:
-        mine: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
-        how: dict[str, Any] = {"entropy": entropy, "strategy": strategy, "impl": impl}
+        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
+        options |= {"entropy": entropy, "strategy": strategy, "impl": impl}
         if reference is None or reference.logp is not None:
-            stats = linear_token_risk(hidden, self.weight, None, None, labels, risk, **mine, **how)  # refuses a risk
+            stats = self._token_risk(hidden, None, None, labels, risk, bias=self.bias, **options)  # refuses a risk
             return stats if reference is None else stats._replace(ref_logp=cast(Tensor, reference.logp))
         if reference.weight is None:
             frozen = None if self.bias is None else self.bias.detach()
             reference = ReferenceStates(reference.hidden, self.weight.detach(), frozen, self.scale, self.softcap)
-        theirs: dict[str, Any] = {
-            "ref_bias": reference.bias,
-            "ref_scale": reference.scale,
-            "ref_softcap": reference.softcap,
-        }
-        return linear_token_risk(
+        return self._token_risk(
             hidden,
-            self.weight,
             reference.hidden,
             reference.weight,
             labels,
             risk,
             risk_over_logp=None if risk is None else risk_over_logp,
-            **mine,
-            **theirs,
-            **how,
+            bias=self.bias,
+            ref_bias=reference.bias,
+            ref_scale=reference.scale,
+            ref_softcap=reference.softcap,
+            **options,
         )
+
+    def _token_risk(
+        self,
+        hidden: Tensor,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        labels: Tensor,
+        risk: RiskMeasure | None,
+        **options: Any,
+    ) -> TokenStats:
+        """The op, where the whole head is here."""
+        return linear_token_risk(hidden, self.weight, ref_hidden, ref_weight, labels, risk, **options)
 
 
 class Policy(nn.Module):

@@ -271,7 +271,7 @@ def test_two_by_two_ranks_with_fsdp2_are_one_process(name):
 
 
 def against(rank: int) -> list[Tensor]:
-    """The risk against a reference that is split, whole, and the policy's own head."""
+    """The risk against a reference that is split, whole, and the policy's own head; log-ratios to known labels."""
     mesh = init_device_mesh("cpu", (2,))
     policy, reference = fresh("llama", torch.float64), fresh("qwen2", torch.float64).requires_grad_(False)
     batch, intact = collate(pairs()), copy.deepcopy(reference)
@@ -280,17 +280,21 @@ def against(rank: int) -> list[Tensor]:
     parallelize(reference, mesh)
     states = reference.states(batch)
     given = [ReferenceStates(states, reference.head.weight), *(ReferenceStates(states, h and h.weight) for h in heads)]
-    return [policy(batch, g, CVaR(0.1)).risk.detach() for g in given]
+    known = ReferenceStates(None, None, logp=torch.linspace(-3.0, 0.0, len(states), dtype=torch.float64))
+    return [*(policy(batch, g, CVaR(0.1)).risk.detach() for g in given), policy(batch, known, None).logratio.detach()]
 
 
-def test_the_reference_may_be_split_whole_or_the_policys_own_head():
+def test_the_reference_may_be_split_whole_the_policys_own_head_or_labels_alone():
     policy, reference = fresh("llama", torch.float64), fresh("qwen2", torch.float64)
     batch = collate(pairs())
     states = reference.states(batch).detach()
     expected = [
         policy(batch, ReferenceStates(states, w), CVaR(0.1)).risk.detach() for w in (reference.head.weight, None)
     ]
-    for split, intact, own in on_ranks(2, against):
+    logp = policy(batch, None, None).logp.detach()
+    known = logp - torch.linspace(-3.0, 0.0, len(logp), dtype=torch.float64)
+    for split, intact, own, labels in on_ranks(2, against):
+        torch.testing.assert_close(labels, known, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(split, expected[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(intact, expected[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(own, expected[1], rtol=1e-12, atol=1e-12)

@@ -8,13 +8,13 @@
 Hidden states are whole on every rank, so that data, batches and losses do not know of it.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
-from rsa_kernels import Impl, RiskMeasure, Strategy, TokenStats
+from rsa_kernels import Impl, RiskMeasure, TokenStats
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from rsa_lightning.models import Policy, ReferenceStates, RiskHead
+from rsa_lightning.models import Policy, RiskHead
 from rsa_lightning.parallel.vocab import vocab_parallel_token_risk
 
 # model types whose blocks were compared with one process, in tests/test_tensor_parallel.py
@@ -89,47 +89,50 @@ class VocabParallelHead(RiskHead):
     Its weight is a DTensor on the tensor mesh within its own forward, under FSDP2 too; the shard is taken there.
     """
 
-    def forward(  # type: ignore[override]
+    def _token_risk(
         self,
-        hidden: Float[Tensor, "N H"],
+        hidden: Tensor,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
         labels: Tensor,
-        reference: ReferenceStates | None,
         risk: RiskMeasure | None,
         *,
-        risk_over_logp: Float[Tensor, " N"] | None = None,
-        entropy: bool = False,
-        strategy: Strategy = "auto",
         impl: Impl = "auto",
+        risk_over_logp: Tensor | None = None,
+        bias: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        **options: Any,
     ) -> TokenStats:
-        """As `RiskHead.forward`. The head of the reference is sharded like this one, or whole on every rank.
+        """The head of the reference is sharded like this one, or whole on every rank.
 
         `risk_over_logp` saves nothing here, since a head that is frozen is split too, and is not looked at.
+
+        Raises:
+            RuntimeError: `impl` is not one that runs here.
         """
         if impl not in ("auto", "chunked"):
             raise RuntimeError(f"impl={impl!r} cannot run on a vocabulary-parallel head: use impl='auto'")
         mesh, weight, start = _shard("the head", self.weight)
-        bias = None if self.bias is None else _shard("the head's bias", self.bias)[1]
-        where: dict[str, Any] = {"group": mesh.get_group(), "vocab_start": start, "vocab_size": self.out_features}
-        mine: dict[str, Any] = {"bias": bias, "scale": self.scale, "softcap": self.softcap}
-        how: dict[str, Any] = {"entropy": entropy, "strategy": strategy}
-        if reference is None:
-            return vocab_parallel_token_risk(hidden, weight, None, None, labels, None, **where, **mine, **how)
-        if reference.weight is None:
-            frozen = None if bias is None else bias.detach()
-            reference = ReferenceStates(reference.hidden, weight.detach(), frozen, self.scale, self.softcap)
-        theirs: dict[str, Any] = {
-            "ref_bias": self._rows(reference.bias, start, weight.shape[0]),
-            "ref_scale": reference.scale,
-            "ref_softcap": reference.softcap,
-        }
-        ref_weight = self._rows(reference.weight, start, weight.shape[0])
-        options = {**where, **mine, **theirs, **how}
-        return vocab_parallel_token_risk(hidden, weight, reference.hidden, ref_weight, labels, risk, **options)
+        rows = partial(self._rows, start=start, count=weight.shape[0])
+        return vocab_parallel_token_risk(
+            hidden,
+            weight,
+            ref_hidden,
+            rows(ref_weight),
+            labels,
+            risk,
+            group=mesh.get_group(),
+            vocab_start=start,
+            vocab_size=self.out_features,
+            bias=rows(bias),
+            ref_bias=rows(ref_bias),
+            **options,
+        )
 
     def _rows(self, tensor: Tensor | None, start: int, count: int) -> Tensor | None:
-        """The same rows of a reference."""
+        """The same rows of a bias, or of a reference."""
         if isinstance(tensor, DTensor):
-            return _shard("the head of the reference", tensor)[1]
+            return _shard("a bias, or the head of the reference", tensor)[1]
         if tensor is None or tensor.shape[0] == count:
             return tensor
         if tensor.shape[0] != self.out_features:
