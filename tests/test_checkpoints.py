@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import on_ranks
+from short_pairs import write_pairs
 from transformers import LlamaForCausalLM
 
 from rsa_lightning.adapters import Lora
@@ -45,21 +46,11 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs with costs, and a cache of their tokens."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = [
-        {
-            "prompt": f"Question {i} about {'x' * (i % 7)}?",
-            "chosen": f" yes {i % 5} {'good ' * (i % 4 + 1)}",
-            "rejected": f" no {i % 3} {'bad ' * (i % 6 + 1)}",
-            "chosen_cost": 0.0,
-            "rejected_cost": float(i % 6),
-            "chosen_safe": True,
-            "rejected_safe": i % 6 == 0,
-        }
-        for i in range(150)
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("pairs"), costs)
+
+
+def costs(i: int) -> dict[str, Any]:
+    return {"chosen_cost": 0.0, "rejected_cost": float(i % 6), "chosen_safe": True, "rejected_safe": i % 6 == 0}
 
 
 class Watch(L.Callback):

@@ -1,7 +1,6 @@
 """FSDP2 through the stages: the losses of one process, whatever the processes, meshes and savings."""
 
 import copy
-import json
 import logging
 from collections.abc import Callable
 from functools import partialmethod
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from processes import on_ranks
 from rsa_kernels import ERM, KL, CVaR, RiskMeasure
+from short_pairs import write_pairs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -53,17 +53,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of unequal lengths, and a cache of their tokens."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = [
-        {
-            "prompt": f"Question {i} about {'x' * (i % 7)}?",
-            "chosen": f" yes {i % 5} {'good ' * (i % 4 + 1)}",
-            "rejected": f" no {i % 3} {'bad ' * (i % 6 + 1)}",
-        }
-        for i in range(150)
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 class EveryLoss(L.Callback):
