@@ -1,7 +1,7 @@
 """A training step with the reference beside the policy, and with it on disk: the same losses, and how much sooner.
 
     from benchmarks.scale.cached import live_and_cached
-    live_and_cached(Path("/tmp/somewhere"))      # a few minutes on one core
+    live_and_cached(folder)      # a few minutes on one core
 
 By count of products a step beside a live reference takes 4 F + 4 h, and one with hidden states from disk 3 F + 4 h:
 F a forward pass of the transformer, h a product of the head with the scored tokens (logits of both models, and the two
