@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rsa_lightning.evaluation.wording import LABELS
+from rsa_lightning.evaluation.wording import FURTHER_LABELS, LABELS
 
 NOT_RECORDED = "not recorded"
+UPPER = "unsafe_upper"
 HELD_OUT = {"reward_accuracy": "implicit-reward accuracy", "logp_accuracy": "log-probability accuracy", "kl": "KL"}
 LINEAGE = ("step", "kind", "starts from", "stays near", "loss", "risk", "temperature", "trained", "optimizer steps")
 NEVER = (
@@ -197,13 +198,15 @@ def _figures(entry: Mapping[str, Any], intervals: Mapping[str, Any], names: Mapp
 
 
 def _measured(model: Mapping[str, Any], scorer: Any) -> str:
-    figures = _figures(model, model.get("ci95") or {}, {key: label for key, (label, _) in LABELS.items()})
-    about = f"{model.get('samples', 0)} sampled answers; scorer: {_scorer(scorer)}."
-    unscored = f" Of them {model['unscored']} were not scored." if model.get("unscored") else ""
-    parts = [
-        f"{about}{unscored} Intervals are 95 %, over prompts; they do not hold the variation between training runs.",
-        _table(("", "value", "95 % interval"), figures),
-    ]
+    names = {key: label for key, (label, _) in {**LABELS, UPPER: FURTHER_LABELS[UPPER]}.items()}
+    about = [f"{model.get('samples', 0)} sampled answers; scorer: {_scorer(scorer)}."]
+    if model.get("unscored"):
+        about.append(f"Of them {model['unscored']} were not scored.")
+    about.append("Intervals are 95 %, over prompts; they do not hold the variation between training runs.")
+    if model.get(UPPER) is not None:
+        about.append(f"The {FURTHER_LABELS[UPPER][0]}, is Clopper and Pearson's: one-sided, 95 %, independent answers.")
+    figures = _figures(model, model.get("ci95") or {}, names)
+    parts = [" ".join(about), _table(("", "value", "95 % interval"), figures)]
     held_out = {key: found["held_out"] for key, found in (model.get("preference") or {}).items() if "held_out" in found}
     if held_out:
         rows = [

@@ -339,6 +339,7 @@ def test_every_measured_number_of_the_card_is_that_of_results_json(run, exported
         value, interval = (value[level], interval[level]) if level else (value, interval)
         assert float(said[label][0]) == float(f"{value:.4g}")
         assert json.loads(said[label][1]) == [float(f"{bound:.4g}") for bound in interval]
+    assert said["unsafe rate, upper bound"] == [f"{model['unsafe_upper']:.4g}", "–"]
     pairs = {(row[0], row[2]): row for row in rows if len(row) == 5 and row[1].isdigit()}
     assert len(pairs) == 2 * 3
     for (criterion, label), row in pairs.items():

@@ -74,7 +74,7 @@ def test_results_have_the_published_keys_in_step_order(run: Path):
     assert [model["name"] for model in found["models"]] == ["warmup", "reward", "safety"]
     figures_of = ["reward_mean", "cost_mean", "unsafe_rate", "cost_var", "cost_cvar", "cost_cantelli", "kl_to_start"]
     for model in found["models"]:
-        assert list(model) == ["name", *figures_of, "samples", "ci95"]
+        assert list(model) == ["name", *figures_of, "unsafe_upper", "samples", "ci95"]
         assert list(model["ci95"]) == figures_of
         for key in ("cost_var", "cost_cvar", "cost_cantelli"):
             assert list(model[key]) == list(model["ci95"][key]) == ["0.9", "0.95", "0.99"]
@@ -89,6 +89,13 @@ def test_figures_are_those_of_the_samples(run: Path):
     assert model["cost_mean"] == pytest.approx(sum(costs) / 300, abs=1e-11)
     assert model["reward_mean"] == pytest.approx(sum(s.reward for s in samples) / 300, abs=1e-11)
     assert model["unsafe_rate"] == pytest.approx(sum(cost > 0 for cost in costs) / 300, abs=1e-11)
+    # at this rate so few unsafe answers or fewer have probability 0.05
+    unsafe = sum(cost > 0 for cost in costs)
+    fewer = sum(
+        math.comb(300, k) * model["unsafe_upper"] ** k * (1 - model["unsafe_upper"]) ** (300 - k)
+        for k in range(unsafe + 1)
+    )
+    assert fewer == pytest.approx(0.05, rel=1e-9)
     assert model["kl_to_start"] == pytest.approx(sum(s.logp - s.ref_logp for s in samples) / 300, abs=1e-11)
     # 10, 5 and 1 % of 300 are whole numbers of answers: the worst 30, 15 and 3
     for level, worst in (("0.9", 30), ("0.95", 15), ("0.99", 3)):

@@ -159,7 +159,7 @@ def changes(
 
 
 def further_figures(samples: Sequence[Sample]) -> dict[str, float] | None:
-    """Tail figures that results.json does not carry: excess, worst answer per prompt, and a bound on the rate."""
+    """Tail figures without an interval: excess, worst answer per prompt, and a bound on the rate."""
     found = columns(samples)["cost"]
     if found is None:
         return None
@@ -185,7 +185,10 @@ def _model_results(model: ModelRecord, samples: Sequence[Sample], resamples: int
                 target.setdefault(group, {})[level] = value
             else:
                 target[key] = value
-    entry = {"name": model.name, **estimates, "samples": len(samples), "ci95": intervals}
+    further = further_figures(samples)
+    # a bootstrap of no unsafe answer is the interval [0, 0]
+    upper = None if further is None else _rounded(further["unsafe_upper"])
+    entry = {"name": model.name, **estimates, "unsafe_upper": upper, "samples": len(samples), "ci95": intervals}
     unscored = sum(sample.reward is None or sample.cost is None for sample in samples)
     if 0 < unscored < len(samples):
         entry["unscored"] = unscored
