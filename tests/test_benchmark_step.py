@@ -59,6 +59,18 @@ def test_a_loop_takes_one_step_when_told_to():
     assert loop.losses == [0.5, 0.25]
 
 
+def test_a_loop_that_is_closed_before_its_first_step_ends():
+    """Lightning takes a step before it looks whether to stop."""
+    answers = []
+
+    def train(pause):
+        answers.append(pause(None))
+        answers.append(pause(torch.tensor(0.5)))
+
+    Loop("no step", train).close()
+    assert answers == [False, False]
+
+
 def test_peak_memory_is_that_of_the_step_in_its_thread():
     def train(pause):
         pause(None)

@@ -92,7 +92,8 @@ class Loop:
         if loss is not None:
             self.losses.append(loss.item())
         self._done.release()
-        self._go.acquire()
+        if self._running:  # closed before its first step, a trainer takes that one before it asks whether to go on
+            self._go.acquire()
         self._observer.enter_context(self._observe())
         return self._running
 
