@@ -102,3 +102,5 @@ def test_a_damaged_file_is_named(path: Path):
     path.write_text("")
     with pytest.raises(SampleError, match="holds no samples"):
         score(path, length)
+    with pytest.raises(SampleError, match=r"is a folder: name a file of samples in it"):
+        read_samples(path.parent)

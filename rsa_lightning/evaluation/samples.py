@@ -62,8 +62,10 @@ def from_line(line: str, place: str) -> Sample:
 
 
 def read_samples(path: Path | str) -> list[Sample]:
-    """All samples of a file, in order. Raises SampleError on a bad line or an empty file."""
+    """All samples of a file, in order. Raises SampleError on a folder, a bad line or an empty file."""
     path = Path(path)
+    if path.is_dir():
+        raise SampleError(f"{path} is a folder: name a file of samples in it, samples.jsonl as runs call it")
     with path.open(encoding="utf-8") as lines:
         samples = [from_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not samples:
