@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+CLASS_NAME = re.compile(r"(\w+\.)*[A-Z]\w*")
+REGISTERED = {"fsdp2": "FSDP2"}  # names of Lightning's registry for classes that take arguments
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as a string; configurations mean the number. A key written twice is an error."""
@@ -85,12 +88,34 @@ def dump(config: Mapping[str, Any]) -> str:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`: mappings merge, anything else is replaced; so is another class with its arguments."""
+    """`above` over `below`: mappings merge, anything else is replaced; so is another class with its arguments.
+
+    A class may be named by a string or with `class_path` and `init_args`, as in LightningCLI: keys of a mapping that
+    names none are arguments of the class below, and the name of that class alone leaves it its arguments.
+    """
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both and not _other_class(merged[key], value) else value
+        merged[key] = _over(merged.get(key), value)
     return merged
+
+
+def _over(below: Any, above: Any) -> Any:
+    lower, upper = below, above
+    if isinstance(below, Mapping) and "class_path" in below:
+        upper = _as_class(above)
+    elif isinstance(above, Mapping):
+        lower = _as_class(below)
+    if not isinstance(lower, Mapping) or not isinstance(upper, Mapping) or _other_class(lower, upper):
+        return above
+    if "class_path" in lower and not upper.keys() & {"class_path", "init_args", "dict_kwargs"}:
+        upper = {"init_args": upper}
+    return merge(lower, upper)
+
+
+def _as_class(value: Any) -> Any:
+    """The name of a class as a mapping, which takes arguments; anything else as it is."""
+    name = REGISTERED.get(value, value) if isinstance(value, str) else None
+    return {"class_path": name} if name is not None and CLASS_NAME.fullmatch(name) else value
 
 
 def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:

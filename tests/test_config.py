@@ -70,6 +70,31 @@ def test_two_classes_of_one_name_are_two_classes():
     assert merge({"o": below}, {"o": {"class_path": "AdamW"}})["o"]["init_args"] == {"betas": [0.9, 0.99]}
 
 
+@pytest.mark.parametrize("name", ["FSDP2", "rsa_lightning.parallel.strategy.FSDP2", "fsdp2"])
+def test_dotted_keys_below_a_class_are_its_arguments(name):
+    """However the class was named; as LightningCLI has it."""
+    known = "FSDP2" if name == "fsdp2" else name
+    named = load_layers([], overrides(["--s", name, "--s.replicas", "2", "--s.init_args.compile", "true"]))
+    assert named == {"s": {"class_path": known, "init_args": {"replicas": 2, "compile": True}}}
+    assert merge(named, nest("s.replicas", 4))["s"]["init_args"] == {"replicas": 4, "compile": True}
+    risk = merge({"risk": {"class_path": "CVaR", "init_args": {"tail": 0.97}}}, nest("risk.tail", 0.5))
+    assert risk == {"risk": {"class_path": "CVaR", "init_args": {"tail": 0.5}}}
+
+
+def test_the_name_of_a_class_alone_leaves_it_its_arguments():
+    below = {"strategy": {"class_path": "FSDP2", "init_args": {"replicas": 8}}}
+    for name in ("FSDP2", "fsdp2", "rsa_lightning.parallel.strategy.FSDP2"):
+        assert merge(below, {"strategy": name})["strategy"]["init_args"] == {"replicas": 8}
+    for other in ("ddp", "DDPStrategy"):
+        assert merge(below, {"strategy": other}) == {"strategy": other}
+
+
+def test_what_is_no_class_is_replaced():
+    cache = merge({"reference_cache": "runs/cache"}, {"reference_cache": {"folder": "other"}})
+    assert cache == {"reference_cache": {"folder": "other"}}
+    assert merge({"s": "fsdp"}, nest("s.replicas", 2)) == {"s": {"replicas": 2}}
+
+
 def test_the_parser_of_layers_leaves_keys_to_overrides():
     """A flag of the command is its own; its beginning is a key of the configuration like any other."""
     parser = layer_parser("rsa try", "[--flag] [--KEY VALUE ...]")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rsa_lightning.cli import main
-from rsa_lightning.config import load_file, load_layers
+from rsa_lightning.config import load_file, load_layers, overrides
 from rsa_lightning.fit import FitCLI
 from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.plan import read_config
@@ -169,3 +169,20 @@ def test_the_quickstart_target_runs_the_quickstart():
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"quickstart: install\n\t.*\$\(BIN\)/rsa align -c configs/quickstart.yaml\n", makefile)
     assert load_file(ROOT / "configs/quickstart.yaml")["output"] == "runs/quickstart"
+
+
+def test_the_strategy_of_the_readmes_two_nodes_is_understood():
+    command = re.search(
+        r"--trainer\.strategy FSDP2 --trainer\.strategy\.replicas (\d+)", (ROOT / "README.md").read_text()
+    )
+    assert command is not None
+    options = overrides(command[0].split())
+    for layers in (["pku.yaml"], ["pku.yaml", "fsdp2.yaml"]):
+        strategy = load_layers([ROOT / "configs" / name for name in layers], options)["trainer"]["strategy"]
+        assert strategy["class_path"] == "FSDP2"
+        assert strategy["init_args"]["replicas"] == int(command[1]) == 2
+    sbatch = re.findall(r"--trainer\.strategy \w+", (ROOT / "configs/slurm/align.sbatch").read_text())
+    large = ROOT / "configs/sizes/llama_7b.yaml"
+    assert load_layers([large], overrides(sbatch[0].split()))["trainer"] == load_file(large)["trainer"] | {
+        "strategy": {"class_path": "FSDP2", "init_args": load_file(large)["trainer"]["strategy"]["init_args"]}
+    }
