@@ -265,14 +265,14 @@ class HiddenCache(Reference):
         """
         if head:
             tensors = {name: _whole(tensor) for name, tensor in self._head_of(policy).items()}
-            if work.rank == 0:
+            if work.is_first:
                 store.write_head(tensors)
         for first in range(0, len(chunks), work.world_size):
             dealt = chunks[first : first + work.world_size]
             mine = dealt[min(work.rank, len(dealt) - 1)]
             passes = max(-(-len(store.layout.chunks[chunk]) // work.batch_rows) for chunk in dealt)
             values = self._score(store.layout, rows, policy, work, mine, passes)
-            if work.rank < len(dealt):
+            if work.rank < len(dealt) and work.writes:
                 store.write(mine, values)
             done = first + len(dealt)
             if done == len(chunks) or 10 * done // len(chunks) > 10 * first // len(chunks):
@@ -336,7 +336,7 @@ def _agreed(work: Scoring, ask: Callable[[], Answer]) -> Answer:
     """The first process's answer, on every process; so is its error, and none waits for one that has stopped."""
     answer: Any = None
     error: Exception | None = None
-    if work.rank == 0:
+    if work.is_first:
         try:
             answer = ask()
         except (ValueError, OSError) as found:

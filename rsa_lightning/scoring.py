@@ -18,6 +18,7 @@ from rsa_lightning.data.batch import ROLES, EncodedPair, PreferenceBatch, collat
 from rsa_lightning.data.tokenize import pad_id
 from rsa_lightning.hub import snapshot
 from rsa_lightning.models import Policy, PolicySpec
+from rsa_lightning.parallel.processes import position, sharing
 
 PACKAGES = ("rsa_lightning", "torch", "transformers")
 
@@ -33,7 +34,9 @@ class Scoring:
         decided_by: everything that decides the hidden states of these rows, as plain values; hashes of large files.
         about: the same for a reader: names of models and data.
         as_started: whether the policy is certainly the model that the stage starts from: it trains, and anew.
-        rank, world_size: of this process.
+        rank, world_size: of the processes with rows of their own: those that share matrices (tensor parallelism) have
+            one rank, since every forward pass is one of all of them.
+        writes: whether it is this one of them that writes.
         share: gives every process what the first one hands in; all call it.
         barrier: returns when all have called it.
     """
@@ -46,8 +49,14 @@ class Scoring:
     as_started: bool = True
     rank: int = 0
     world_size: int = 1
+    writes: bool = True
     share: Callable[[Any], Any] = lambda value: value
     barrier: Callable[[], None] = lambda: None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process decides for all."""
+        return self.rank == 0 and self.writes
 
 
 def scoring_of(trainer: Any, spec: PolicySpec, policy: Policy) -> Scoring:
@@ -62,6 +71,7 @@ def scoring_of(trainer: Any, spec: PolicySpec, policy: Policy) -> Scoring:
             "a reference that is computed beforehand needs to know all rows: give the trainer a PreferenceData "
             "(datamodule=...) instead of loaders, or take FrozenCopy as reference"
         )
+    rank, writes = position(trainer)
     return Scoring(
         sides={"train": data.train_examples, "validation": data.validation_examples},
         collate=partial(chosen_batch, data.layout, pad_id(data.tokenizer), policy.head.weight.device),
@@ -69,8 +79,9 @@ def scoring_of(trainer: Any, spec: PolicySpec, policy: Policy) -> Scoring:
         decided_by=lambda: {**decided_by(spec, policy, data), "precision": str(trainer.precision)},
         about={"model": spec.model or "fresh", "data": list(data.settings.paths), "template": data.settings.template},
         as_started=trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is None,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
+        rank=rank,
+        world_size=sharing(trainer),
+        writes=writes,
         share=trainer.strategy.broadcast,
         barrier=trainer.strategy.barrier,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from processes import on_ranks
 from rsa_kernels import ERM, KL, CVaR
 
 from rsa_lightning import hidden_store
@@ -23,6 +24,7 @@ from rsa_lightning.hidden_cache import HiddenCache, Ids, Rows, rows_of
 from rsa_lightning.hidden_store import HiddenStore, Layout
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, TDPO
 from rsa_lightning.models import PolicySpec, load_policy
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.reference import AdapterOff, FrozenCopy
 from rsa_lightning.saving import save_policy
 from rsa_lightning.scoring import Scoring, chosen_batch
@@ -379,6 +381,18 @@ def test_two_processes_share_the_work_and_the_errors(tiny_llama, tiny_tokenizer,
         cached, computed = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(cached, computed, rtol=0, atol=1e-5)
         assert "cannot be written" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def test_processes_that_share_matrices_score_the_same_rows(tiny_llama, pairs, tmp_path):
+    """Tensor parallelism: every forward pass is one of both processes, so both take the same chunks; one writes them."""
+
+    def shared(rank):
+        options = {"devices": 2, "strategy": FSDP2(tensor_parallel=2)}
+        return fit(pairs, model(tiny_llama), HiddenCache(str(tmp_path / "c")), "TDPO", **options)[0]
+
+    live = fit(pairs, model(tiny_llama), FrozenCopy(), "TDPO")[0]
+    assert on_ranks(2, shared) == [pytest.approx(live, abs=1e-5)] * 2
+    assert len(chunks(tmp_path)) == 5
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_forward_pass(

@@ -98,7 +98,7 @@ ROOMS = {
     "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
     "merge": ("adapters checkpoint data.tokenize hub members models saving weights", "torch safetensors"),
     "scoring": (
-        "adapters checkpoint data.batch data.tokenize hub models",
+        "adapters checkpoint data.batch data.tokenize hub models parallel.processes",
         "torch lightning",
     ),
     "reference": ("adapters models scoring parallel.sharding data.batch", "torch"),
