@@ -314,12 +314,16 @@ def _finished(partial: Path, path: Path, rest: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     old = path.with_name(PARTIAL + ".old")
-    for stale in (old, path if path.is_file() else old):
-        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
-    if path.is_dir():
+    _removed(old)
+    if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    _removed(old)
+
+
+def _removed(path: Path) -> None:
+    """No folder, nor a file, where there may be one."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _renamed(state: Any, before: list[Any], after: list[Any]) -> dict[str, Any]:
