@@ -141,13 +141,6 @@ def _teams(options: argparse.Namespace) -> list[Team]:
     return alone + [Team(count, sharded=True, **how) for count in counts]
 
 
-def _meet(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    dist.barrier()
-
-
 def _environment(device: str) -> Found:
     about = environment(torch.device("cuda" if device != "cpu" else "cpu"))
     return about | {name: version(name) for name in ("lightning", "transformers")}

@@ -51,7 +51,7 @@ class Work:
 class Footprint:
     """Of one process: bytes by kind at the fullest moment of each part of an optimizer step, and its collectives.
 
-    Where the strategy offloads to the host, shards and optimizer states are there (`on_host`).
+    Where the strategy offloads to the host, what `command.ON_HOST` names is there, and is counted here all the same.
     """
 
     peaks: dict[Mark, dict[Kind, int]]
