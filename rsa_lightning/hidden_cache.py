@@ -126,7 +126,6 @@ class HiddenCache(Reference):
         self._store: HiddenStore | None = None
         self._head: dict[str, Tensor] = {}
         self._logit_options: dict[str, Any] = {}  # scale and softcap of the head
-        self._device = torch.device("cpu")
 
     def __repr__(self) -> str:
         return f"HiddenCache({self.folder}, keep={self.keep})"
@@ -151,8 +150,7 @@ class HiddenCache(Reference):
         """There is nothing to load: `fill` asks the policy."""
 
     def place(self, policy: Policy) -> None:
-        self._device = policy.head.weight.device
-        self._head = {name: tensor.to(self._device) for name, tensor in self._head.items()}
+        """What is kept goes where batches are: weights may lie elsewhere, in the memory of the host."""
 
     def fill(self, policy: Policy, scoring: Callable[[], Scoring]) -> None:
         """Finds the cache of this model and these data, and completes it. Done once.
@@ -185,9 +183,11 @@ class HiddenCache(Reference):
         places = [place for place in found if place is not None]
         if len(places) < len(found):
             raise ValueError(f"the cache {self._store.folder} has not {_absent(batch, found)}: {LIVE}")
-        values = self._store.read(places).to(self._device)
+        device = batch["input_ids"].device
+        values = self._store.read(places).to(device)
         if self.keep == "logps":
             return ReferenceStates(None, None, logp=values)
+        self._head = {name: tensor.to(device) for name, tensor in self._head.items()}
         return ReferenceStates(values, self._head.get("weight"), self._head.get("bias"), **self._logit_options)
 
     # ------------------------------------------------------------------ what is kept
@@ -208,7 +208,6 @@ class HiddenCache(Reference):
         if self._has_head(policy):
             self._head = store.head()
             self._logit_options = {"scale": policy.head.scale, "softcap": policy.head.softcap}
-        self.place(policy)
 
     def _has_head(self, policy: Policy) -> bool:
         """Whether the cache keeps a head: that of a policy with an adapter is frozen, and the policy's own will do."""

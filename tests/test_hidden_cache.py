@@ -214,6 +214,16 @@ def test_padding_and_order_do_not_matter(tiny_llama, tiny_tokenizer, pairs, made
         torch.testing.assert_close(module.reference.states(batch).hidden, fresh.states(batch), rtol=0, atol=1e-5)
 
 
+def test_states_are_where_the_batch_is(tiny_llama, tiny_tokenizer, pairs, tmp_path):
+    """Not where the weights lie: a GPU computes with those that `cpu_offload` keeps on the host."""
+    policy, work = rows_and_work(tiny_llama, tiny_tokenizer, pairs)
+    cache = HiddenCache(str(tmp_path))
+    cache.fill(policy, lambda: work)
+    cache.place(policy.to("meta"))  # elsewhere
+    states = cache.states(collate([work.sides["train"][0]]))
+    assert (states.hidden.device.type, states.weight.device.type) == ("cpu", "cpu")
+
+
 def test_rows_are_told_apart_by_ids_and_prompt_length():
     def keys(*examples, side="right"):
         return [row.key for row in rows_of(collate(examples, padding_side=side, pad_id=2))]
