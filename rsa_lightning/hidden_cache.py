@@ -169,11 +169,12 @@ class HiddenCache(Reference):
             chunks, head = _agreed(work, lambda: self._survey(store, rows, policy, work, held))
             if chunks or head:
                 self._make(store, rows, policy, work, chunks, head)
-                work.barrier()
-        store.open(_agreed(work, store.finished), work.rank)
+                work.gather(None)  # all have written theirs
+        files = _agreed(work, store.finished)
+        _all_answers(work, lambda: store.open(files, work.rank))
         self._take(store, policy)
         if work.as_started:
-            self._check_rows(rows, policy, work)
+            _all_answers(work, lambda: self._check_rows(rows, policy, work))
 
     @torch.no_grad()
     def states(self, batch: PreferenceBatch) -> ReferenceStates:
@@ -332,18 +333,22 @@ class HiddenCache(Reference):
 
 
 def _agreed(work: Scoring, ask: Callable[[], Answer]) -> Answer:
-    """The first process's answer, on every process; so is its error, and none waits for one that has stopped."""
-    answer: Any = None
-    error: Exception | None = None
-    if work.is_first:
-        try:
-            answer = ask()
-        except (ValueError, OSError) as found:
-            error = found
-    answer, error = work.share((answer, error))
-    if error is not None:
-        raise error
-    return answer
+    """The first process's answer, or error, on every process."""
+    return _all_answers(work, ask if work.is_first else lambda: None)[0]
+
+
+def _all_answers(work: Scoring, ask: Callable[[], Any]) -> list[Any]:
+    """The answer of every process, or the first one's error, on all: none waits for one that has stopped."""
+    answer, error = None, None
+    try:
+        answer = ask()
+    except (ValueError, OSError) as problem:
+        error = problem
+    handed = work.gather((answer, error))
+    for _, theirs in handed:
+        if theirs is not None:
+            raise theirs
+    return [found for found, _ in handed]
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from rsa_lightning.data.batch import ROLES, EncodedPair, PreferenceBatch, collat
 from rsa_lightning.data.tokenize import pad_id
 from rsa_lightning.hub import snapshot
 from rsa_lightning.models import Policy, PolicySpec
-from rsa_lightning.parallel.processes import position, sharing
+from rsa_lightning.parallel.processes import gathered, position, sharing
 
 PACKAGES = ("rsa_lightning", "torch", "transformers")
 
@@ -38,8 +38,7 @@ class Scoring:
         rank, world_size: of the processes with rows of their own: those that share matrices (tensor parallelism) have
             one rank, since every forward pass is one of all of them.
         writes: whether it is this one of them that writes.
-        share: gives every process what the first one hands in; all call it.
-        barrier: returns when all have called it.
+        gather: gives every process what each one hands in; all call it.
     """
 
     sides: Mapping[str, Sequence[EncodedPair]]
@@ -51,8 +50,7 @@ class Scoring:
     rank: int = 0
     world_size: int = 1
     writes: bool = True
-    share: Callable[[Any], Any] = lambda value: value
-    barrier: Callable[[], None] = lambda: None
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     @property
     def is_first(self) -> bool:
@@ -84,8 +82,7 @@ def scoring_of(trainer: Any, spec: PolicySpec, policy: Policy) -> Scoring:
         rank=rank,
         world_size=sharing(trainer),
         writes=writes,
-        share=trainer.strategy.broadcast,
-        barrier=trainer.strategy.barrier,
+        gather=gathered,
     )
 
 
