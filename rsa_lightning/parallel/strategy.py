@@ -28,7 +28,7 @@ from rsa_lightning import packing
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.parallel import shards
 from rsa_lightning.parallel.processes import backend_of
-from rsa_lightning.parallel.sharding import Sharding, fill, set_gradient_sync, shard
+from rsa_lightning.parallel.sharding import Sharding, fill, shard
 from rsa_lightning.parallel.tensor import parallelize
 from rsa_lightning.parsing import first_line
 
@@ -215,9 +215,9 @@ class FSDP2(ModelParallelStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Gradients of a step's earlier batches are only added up, on each process; the last batch reduces the sum."""
         super().pre_backward(closure_loss)
-        assert self.model is not None
-        loop = self.lightning_module.trainer.fit_loop.epoch_loop  # type: ignore[union-attr]
-        set_gradient_sync(self.model, self.reduce_every_microbatch or not loop._should_accumulate())
+        stage: Any = self.lightning_module
+        last = not stage.trainer.fit_loop.epoch_loop._should_accumulate()
+        stage.policy.set_requires_gradient_sync(last or self.reduce_every_microbatch)
 
     # --------------------------------------------------------------- checkpoints
 
