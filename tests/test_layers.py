@@ -207,7 +207,8 @@ ROOMS = {
         "torch rich",
     ),
     "sweep": (
-        "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
+        "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parallel.launch parsing pipeline "
+        "plan",
         "rich",
     ),
     "dryrun.meter": ("", "torch"),
