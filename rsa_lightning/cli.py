@@ -86,11 +86,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         hint = (
-            "the same command continues where it stopped"
+            "the same command reuses every step that is finished, and takes the next from its start"
             if command in ("align", "sweep")
             else "nothing half-made is left"
         )
-        print(f"rsa: interrupted; {hint}", file=sys.stderr)
+        if is_first():
+            print(f"rsa: interrupted; {hint}", file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_user_error(error):
@@ -139,7 +140,7 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _message(error: Exception) -> str:
-    if not isinstance(error, argparse.ArgumentError):
+    if not isinstance(error, argparse.ArgumentError) and not str(error).startswith("Does not validate"):
         return str(error)
     from rsa_lightning.parsing import plain_message
 

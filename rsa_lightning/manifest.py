@@ -93,7 +93,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         then, value = before.get(key), now.get(key)
         if then == value:
             continue
-        if key in ("step", "adapter") and isinstance(then, Mapping) and isinstance(value, Mapping):
+        if key in ("step", "adapter", "trainer") and isinstance(then, Mapping) and isinstance(value, Mapping):
             found += [f"{key}.{part}" for part in _changed(then, value)]
         else:
             found.append(key)

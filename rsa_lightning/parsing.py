@@ -13,7 +13,9 @@ def plain_message(error: Exception) -> str:
     """The message of a parser's error in one line: `model: SafetyAlignment: Option 'beat' is not accepted`."""
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(_PARSER_NOISE)]
-    text = " ".join(lines)
+    # where a class is wanted, what a plain word would have been is of no use
+    text = " ".join([line for line in lines if line != "Expected a <class 'str'>"] or lines)
+    text = text.replace("No supported gpu backend found!", "there is no GPU here; --trainer.accelerator cpu needs none")
     text = re.sub(r"Expected a path but (\S+) either not accessible or invalid ?", "", text)
     text = re.sub(r"Expected a dot import path string: (\S+)", rf"there is no class \1; {_CLASSES}", text)
     text = re.sub(r'Parser key "([^"]*)":', r"\1:", text)

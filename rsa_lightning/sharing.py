@@ -21,8 +21,8 @@ FILES = ("metrics.csv", "samples.jsonl", "preference.json")  # copied: a logger 
 
 # arguments of a Trainer that show what happens and change nothing
 DISPLAY = ("log_every_n_steps", "logger", "enable_progress_bar", "enable_model_summary", "profiler")
-# arguments of a Trainer that say how its processes are laid out: what counts is the pairs of all of them
-LAYOUT = ("devices", "num_nodes")
+# arguments of a Trainer that say where it computes and how: the same to rounding, if all have as many pairs together
+LAYOUT = ("accelerator", "devices", "num_nodes", "strategy")
 # arguments of PreferenceData that the hashes of what they hold stand for
 PLACES = ("path", "validation_path", "evaluation_prompts", "tokenizer", "cache_dir")
 

@@ -368,10 +368,10 @@ def test_a_second_run_reuses_everything_in_all_processes(runs, capfd):
 
 
 def test_one_process_continues_what_two_began(runs, capfd):
-    """Pairs of a batch count over all processes: half as many processes with twice the batch are the same run."""
+    """Pairs of a batch count over all processes: half as many, unsharded, with twice the batch are the same run."""
     shutil.copytree(runs / "two", runs / "continued")
     shutil.rmtree(runs / "continued/safety")
-    words = align_words(runs, "continued", 1)
+    words = [*align_words(runs, "continued", 1), "--trainer.strategy", "auto", "--trainer.accelerator", "auto"]
     assert on_ranks(1, lambda rank: main(words)) == [0]
     said = capfd.readouterr().out
     assert said.count("reused") == 2
