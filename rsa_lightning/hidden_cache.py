@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, final
 
@@ -265,15 +266,14 @@ class HiddenCache(Reference):
         """
         if head:
             tensors = {name: _whole(tensor) for name, tensor in self._head_of(policy).items()}
-            if work.is_first:
-                store.write_head(tensors)
+            _agreed(work, partial(store.write_head, tensors))
         for first in range(0, len(chunks), work.world_size):
             dealt = chunks[first : first + work.world_size]
             mine = dealt[min(work.rank, len(dealt) - 1)]
             passes = max(-(-len(store.layout.chunks[chunk]) // work.batch_rows) for chunk in dealt)
             values = self._score(store.layout, rows, policy, work, mine, passes)
-            if work.rank < len(dealt) and work.writes:
-                store.write(mine, values)
+            writes = work.rank < len(dealt) and work.writes
+            _all_answers(work, partial(store.write, mine, values) if writes else lambda: None)
             done = first + len(dealt)
             if done == len(chunks) or 10 * done // len(chunks) > 10 * first // len(chunks):
                 rank_zero_only(log.info)("reference cache: %d of %d chunks", done, len(chunks))

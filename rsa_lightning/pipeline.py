@@ -34,8 +34,8 @@ from rsa_lightning.fit import FitCLI
 from rsa_lightning.lineage import Lineage, local
 from rsa_lightning.manifest import Manifest
 from rsa_lightning.models import PolicySpec, check_spec, load_policy
+from rsa_lightning.parallel import processes
 from rsa_lightning.parallel.launch import is_first
-from rsa_lightning.parallel.processes import Processes, sharing
 from rsa_lightning.parsing import plain_message
 from rsa_lightning.plan import BASE, AlignConfig, StepConfig, read_config
 from rsa_lightning.policy_stage import PolicyStage
@@ -79,17 +79,16 @@ class Run:
         self.inputs = self.folder / "inputs"
         self.manifest = Manifest(self.folder)
         self.data = RunData(config, self.inputs)
-        self.processes = Processes()
 
     def execute(self) -> dict[str, Any]:
         # everything that can be wrong with the configuration is found before the run directory is touched ...
         built = self.check()
         stages = {name: cli.model for name, cli in built.items()}
         for cli in built.values():
-            self.processes.join(cli.trainer)
+            processes.join(cli.trainer)
         assessment = Assessment(self.config, self.folder, self.manifest, self.console)
         # ... and everything wrong with the data before anything is trained
-        self.processes.first(self.make_inputs)
+        processes.first(self.make_inputs)
         for name, step in early_steps(self.config).items():
             self.data.read(name, step)
         alignments = {name: stage for name, stage in stages.items() if isinstance(stage, AlignmentStage)}
@@ -100,8 +99,8 @@ class Run:
             if step.trains:
                 self._train(name, step, betas[name] if name in betas else self._temperature(name))
             else:
-                self.processes.first(partial(self._derive, name, step))
-        return self.processes.first(lambda: assessment.run(self._candidates()))
+                processes.first(partial(self._derive, name, step))
+        return processes.first(lambda: assessment.run(self._candidates()))
 
     def _derive(self, name: str, step: StepConfig) -> None:
         self.derived.run(name, self.data.of(step) if step.kind == "label" else None)
@@ -129,7 +128,7 @@ class Run:
         self.derived = Derived(self.config, self.lineage, self.manifest, self.console)
         built = {name: self._build(name) for name, step in self.config.steps.items() if step.trains}
         self._check_alike({name: cli.trainer.world_size for name, cli in built.items()})
-        self.sharing = {name: sharing(cli.trainer) for name, cli in built.items()}
+        self.sharing = {name: processes.sharing(cli.trainer) for name, cli in built.items()}
         for name, cli in built.items():
             stage = cli.model
             self._check_policy(name, stage.policy_spec)
@@ -252,16 +251,16 @@ class Run:
     def _train(self, name: str, step: StepConfig, beta: float | None) -> None:
         """Trains a step unless its model can be reused. Its stage and trainer are let go of afterwards."""
         data = self.data.of(step)
-        inputs = self.processes.first(partial(self._begin_step, name, step, beta, data))
+        inputs = processes.first(partial(self._begin_step, name, step, beta, data))
         if inputs is None:
             return
         cli = self._build(name)
-        self.processes.first(partial(self._write_config, name, cli))
+        processes.first(partial(self._write_config, name, cli))
         L.seed_everything(self.config.seed, verbose=False)
         started = time.perf_counter()
         _fit(cli, data)
         seconds = time.perf_counter() - started
-        self.processes.first(partial(self._finish_step, name, step, beta, data, inputs, cli, seconds))
+        processes.first(partial(self._finish_step, name, step, beta, data, inputs, cli, seconds))
         data.trainer = None  # it holds the policy, the reference and the optimizer
         del cli
         gc.collect()

@@ -108,8 +108,9 @@ class FrozenCopy(Reference):
         dtype: torch.dtype | None = policy.head.weight.dtype
         # a copy with adapters has their dtype beside the model's; a sharded one is held in what its forward computes in
         kept = self._policy.adapted or (is_sharded(self._policy) and dtype == torch.float32)
-        dtype = None if kept else dtype
-        self._policy.to(device=policy.head.weight.device, dtype=dtype)
+        # the strategy has placed a sharded one: its weights may be held by the host, its buffers never
+        device = None if is_sharded(self._policy) else policy.head.weight.device
+        self._policy.to(device=device, dtype=None if kept else dtype)
 
     @torch.no_grad()
     def states(self, batch: PreferenceBatch) -> ReferenceStates:
@@ -170,8 +171,9 @@ def check_continued(reference: Reference, policy: PolicySpec) -> None:
 
 def working_dtype(policy: Policy) -> torch.dtype:
     """The dtype in which the head's products are made: that of its weights, or of autocast."""
-    device = policy.head.weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else policy.head.weight.dtype
+    weight = policy.head.weight
+    devices = (weight.device.type, "cuda")  # offloaded weights lie elsewhere than where they are used
+    return next((torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)), weight.dtype)
 
 
 @torch.no_grad()

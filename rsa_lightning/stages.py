@@ -251,8 +251,8 @@ class SafetyAlignment(AlignmentStage):
         if self.labels is not None:
             rank_zero_only(log.info)("labels: %s, temperature %.4g", self.labels, self.loss.temperature)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
+    def on_train_start(self) -> None:
+        super().on_train_start()
         if self.labels is not None:
             for logger in self.loggers:
                 logger.log_hyperparams({**self.labels.state(), "temperature": self.loss.temperature})

@@ -35,76 +35,70 @@ def gathered(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=_waiting_group())
     return found
+
+
+def join(trainer: L.Trainer) -> None:
+    """Waits for all processes that `trainer` expects.
+
+    Raises:
+        ValueError: it expects several, and nothing has started them.
+    """
+    if trainer.world_size == 1 or dist.is_initialized():
+        return
+    environment: Any = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None or not environment.creates_processes_externally:
+        raise ValueError(
+            f"trainer.devices and trainer.num_nodes ask for {trainer.world_size} processes, and rsa align starts "
+            f"none: torchrun --nproc-per-node {trainer.num_devices} -m rsa_lightning align ..., or srun"
+        )
+    device: torch.device = trainer.strategy.root_device
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    dist.init_process_group(
+        backend_of(device),
+        timeout=getattr(trainer.strategy, "_timeout", None),
+        rank=environment.global_rank(),
+        world_size=trainer.world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def first(call: Callable[[], T], failed: str = "the first process stopped") -> T:
+    """What `call` returns in the first process, in all of them; the others wait. All call it.
+
+    Raises:
+        RuntimeError: in the others, where it raises in the first: what failed, and the first line of the error.
+    """
+    if not dist.is_initialized():
+        return call()
+    told: list[Any] = [None, None]
+    error: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            told = [call(), None]
+        except BaseException as problem:
+            error, told = problem, [None, first_line(problem)]
+    dist.broadcast_object_list(told, src=0, group=_waiting_group())
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        raise RuntimeError(f"{failed}: {told[1]}")
+    return told[0]
+
+
+_waiting: dict[Any, Any] = {}  # the group of all processes -> the one they wait in
+
+
+def _waiting_group() -> Any:
+    """All processes, on the CPU: waiting there keeps no GPU busy, and hits no time limit of NCCL or a strategy."""
+    everyone = dist.group.WORLD
+    if everyone not in _waiting:
+        _waiting.clear()
+        _waiting[everyone] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _waiting[everyone]
 
 
 def backend_of(device: torch.device) -> str:
     """Collectives of tensors on the device and, for offloaded weights and their norms, of tensors on the CPU."""
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-
-
-class Processes:
-    """Joins the processes of a run, and lets the first one do what must be done once."""
-
-    def __init__(self) -> None:
-        self._waiting: Any = None  # a group on the CPU: waiting in it keeps no GPU busy, and hits no time limit of NCCL
-
-    @property
-    def several(self) -> bool:
-        return self._waiting is not None
-
-    @property
-    def is_first(self) -> bool:
-        return not self.several or dist.get_rank() == 0
-
-    def join(self, trainer: L.Trainer) -> None:
-        """Waits for all processes that `trainer` expects.
-
-        Raises:
-            ValueError: it expects several, and nothing has started them.
-        """
-        if trainer.world_size == 1 or self.several:
-            return
-        environment: Any = getattr(trainer.strategy, "cluster_environment", None)
-        if environment is None or not environment.creates_processes_externally:
-            raise ValueError(
-                f"trainer.devices and trainer.num_nodes ask for {trainer.world_size} processes, and rsa align starts "
-                f"none: torchrun --nproc-per-node {trainer.num_devices} -m rsa_lightning align ..., or srun"
-            )
-        if not dist.is_initialized():
-            device: torch.device = trainer.strategy.root_device
-            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
-                environment.main_address,
-                str(environment.main_port),
-            )
-            dist.init_process_group(
-                backend_of(device),
-                timeout=getattr(trainer.strategy, "_timeout", None),
-                rank=environment.global_rank(),
-                world_size=trainer.world_size,
-                device_id=device if device.type == "cuda" else None,
-            )
-        self._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
-
-    def first(self, call: Callable[[], T]) -> T:
-        """What `call` returns in the first process, in all of them; the others wait.
-
-        Raises:
-            RuntimeError: in the others, where it raises in the first.
-        """
-        if not self.several:
-            return call()
-        told: list[Any] = [None, None]
-        error: BaseException | None = None
-        if self.is_first:
-            try:
-                told = [call(), None]
-            except BaseException as problem:
-                error, told = problem, [None, first_line(problem)]
-        dist.broadcast_object_list(told, src=0, group=self._waiting)
-        if error is not None:
-            raise error
-        if told[1] is not None:
-            raise RuntimeError(f"the first process stopped: {told[1]}")
-        return told[0]

@@ -27,10 +27,9 @@ from transformers import PreTrainedTokenizerBase
 from rsa_lightning import packing
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.parallel import shards
-from rsa_lightning.parallel.processes import backend_of
+from rsa_lightning.parallel.processes import backend_of, first
 from rsa_lightning.parallel.sharding import Sharding, fill, shard
 from rsa_lightning.parallel.tensor import parallelize
-from rsa_lightning.parsing import first_line
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ class FSDP2(ModelParallelStrategy):
         """How models are sharded, now that the processes are joined."""
         mesh = self.device_mesh["shard"] if self.replicas == 1 else self.device_mesh["replicate", "shard"]
         mixed = isinstance(self.precision_plugin, MixedPrecision)
-        if mixed and self.precision_plugin.precision != "bf16-mixed":
+        if mixed and self.precision_plugin.precision != "bf16-mixed":  # Lightning looks at the name, not at a plugin
             raise ValueError(
                 f"trainer.precision {self.precision_plugin.precision} is not available under FSDP2: take bf16-mixed, "
                 "bf16-true or 32-true"
@@ -193,18 +192,9 @@ class FSDP2(ModelParallelStrategy):
 
     def _first(self, call: Callable[[], T], failed: str) -> T | None:
         """What a call returns in the first process, None in the others, who wait; where it fails, all fail."""
-        found, error = None, None
-        if self.is_global_zero:
-            try:
-                found = call()
-            except Exception as problem:
-                error = problem
-        told = self.broadcast(None if error is None else first_line(error))
-        if error is not None:
-            raise error
-        if told is not None:
-            raise RuntimeError(f"{failed} by the first process: {told}")
-        return found
+        found: list[T] = []
+        first(lambda: found.append(call()), f"{failed} by the first process")
+        return found[0] if found else None
 
     def model_to_device(self) -> None:
         if not self._options["cpu_offload"]:
