@@ -114,8 +114,8 @@ class FSDP2(ModelParallelStrategy):
         return self._options["cpu_offload"]
 
     @property
-    def checkpoints(self) -> bool:
-        """Whether activations are computed again."""
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in backward."""
         return self._options["activation_checkpointing"]
 
     @property
