@@ -126,7 +126,6 @@ class HiddenCache(Reference):
         self._store: HiddenStore | None = None
         self._head: dict[str, Tensor] = {}
         self._logit_options: dict[str, Any] = {}  # scale and softcap of the head
-        self._device = torch.device("cpu")
 
     def __repr__(self) -> str:
         return f"HiddenCache({self.folder}, keep={self.keep})"
@@ -151,8 +150,7 @@ class HiddenCache(Reference):
         """There is nothing to load: `fill` asks the policy."""
 
     def place(self, policy: Policy) -> None:
-        self._device = policy.head.weight.device
-        self._head = {name: tensor.to(self._device) for name, tensor in self._head.items()}
+        """What is kept goes where batches are: weights may lie elsewhere, in the memory of the host."""
 
     def fill(self, policy: Policy, scoring: Callable[[], Scoring]) -> None:
         """Finds the cache of this model and these data, and completes it. Done once.
@@ -171,11 +169,12 @@ class HiddenCache(Reference):
             chunks, head = _agreed(work, lambda: self._survey(store, rows, policy, work, held))
             if chunks or head:
                 self._make(store, rows, policy, work, chunks, head)
-                work.barrier()
-        store.open(_agreed(work, store.finished), work.rank)
+                work.gather(None)  # all have written theirs
+        files = _agreed(work, store.finished)
+        _all_answers(work, lambda: store.open(files, work.rank))
         self._take(store, policy)
         if work.as_started:
-            self._check_rows(rows, policy, work)
+            _all_answers(work, lambda: self._check_rows(rows, policy, work))
 
     @torch.no_grad()
     def states(self, batch: PreferenceBatch) -> ReferenceStates:
@@ -185,9 +184,11 @@ class HiddenCache(Reference):
         places = [place for place in found if place is not None]
         if len(places) < len(found):
             raise ValueError(f"the cache {self._store.folder} has not {_absent(batch, found)}: {LIVE}")
-        values = self._store.read(places).to(self._device)
+        device = batch["input_ids"].device
+        values = self._store.read(places).to(device)
         if self.keep == "logps":
             return ReferenceStates(None, None, logp=values)
+        self._head = {name: tensor.to(device) for name, tensor in self._head.items()}
         return ReferenceStates(values, self._head.get("weight"), self._head.get("bias"), **self._logit_options)
 
     # ------------------------------------------------------------------ what is kept
@@ -208,7 +209,6 @@ class HiddenCache(Reference):
         if self._has_head(policy):
             self._head = store.head()
             self._logit_options = {"scale": policy.head.scale, "softcap": policy.head.softcap}
-        self.place(policy)
 
     def _has_head(self, policy: Policy) -> bool:
         """Whether the cache keeps a head: that of a policy with an adapter is frozen, and the policy's own will do."""
@@ -265,14 +265,14 @@ class HiddenCache(Reference):
         """
         if head:
             tensors = {name: _whole(tensor) for name, tensor in self._head_of(policy).items()}
-            if work.rank == 0:
+            if work.is_first:
                 store.write_head(tensors)
         for first in range(0, len(chunks), work.world_size):
             dealt = chunks[first : first + work.world_size]
             mine = dealt[min(work.rank, len(dealt) - 1)]
             passes = max(-(-len(store.layout.chunks[chunk]) // work.batch_rows) for chunk in dealt)
             values = self._score(store.layout, rows, policy, work, mine, passes)
-            if work.rank < len(dealt):
+            if work.rank < len(dealt) and work.writes:
                 store.write(mine, values)
             done = first + len(dealt)
             if done == len(chunks) or 10 * done // len(chunks) > 10 * first // len(chunks):
@@ -333,18 +333,22 @@ class HiddenCache(Reference):
 
 
 def _agreed(work: Scoring, ask: Callable[[], Answer]) -> Answer:
-    """The first process's answer, on every process; so is its error, and none waits for one that has stopped."""
-    answer: Any = None
-    error: Exception | None = None
-    if work.rank == 0:
-        try:
-            answer = ask()
-        except (ValueError, OSError) as found:
-            error = found
-    answer, error = work.share((answer, error))
-    if error is not None:
-        raise error
-    return answer
+    """The first process's answer, or error, on every process."""
+    return _all_answers(work, ask if work.is_first else lambda: None)[0]
+
+
+def _all_answers(work: Scoring, ask: Callable[[], Any]) -> list[Any]:
+    """The answer of every process, or the first one's error, on all: none waits for one that has stopped."""
+    answer, error = None, None
+    try:
+        answer = ask()
+    except (ValueError, OSError) as problem:
+        error = problem
+    handed = work.gather((answer, error))
+    for _, theirs in handed:
+        if theirs is not None:
+            raise theirs
+    return [found for found, _ in handed]
 
 
 def _whole(tensor: Tensor) -> Tensor:

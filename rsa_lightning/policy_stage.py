@@ -4,6 +4,7 @@ import abc
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -120,11 +121,16 @@ class PolicyStage(L.LightningModule, abc.ABC):
                 ", ".join(idle[:5]) + (", ..." if idle[5:] else ""),
             )
 
+    @cached_property
+    def _base(self) -> str:
+        """Of the frozen weights, which stay; taken once, because those of a sharded policy are all gathered for it."""
+        return base_fingerprint(self)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy_spec.lora is not None:
             state = checkpoint["state_dict"]  # gathered into one file, the first process alone has it
             checkpoint["state_dict"] = {name: state[name] for name in self._trainable() if state}
-            checkpoint[BASE_KEY] = base_fingerprint(self)
+            checkpoint[BASE_KEY] = self._base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the checkpoint is not of this adapter, or of another model below it."""
@@ -136,7 +142,7 @@ class PolicyStage(L.LightningModule, abc.ABC):
             raise ValueError(
                 f"the checkpoint is of another adapter: {name} is {where}. Resume with the policy it was trained with"
             )
-        if checkpoint.get(BASE_KEY) != base_fingerprint(self):
+        if checkpoint.get(BASE_KEY) != self._base:
             raise ValueError(
                 "the checkpoint holds an adapter of another model: the frozen weights differ from those it was trained "
                 "on. Resume with the same policy.model, policy.adapters, policy.dtype and policy.quantize"

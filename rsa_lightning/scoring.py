@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rsa_lightning.adapters import CONFIG, WEIGHTS
@@ -18,6 +19,7 @@ from rsa_lightning.data.batch import ROLES, EncodedPair, PreferenceBatch, collat
 from rsa_lightning.data.tokenize import pad_id
 from rsa_lightning.hub import snapshot
 from rsa_lightning.models import Policy, PolicySpec
+from rsa_lightning.parallel.processes import gathered, position, sharing
 
 PACKAGES = ("rsa_lightning", "torch", "transformers")
 
@@ -28,14 +30,15 @@ class Scoring:
 
     Attributes:
         sides: train and validation, and their examples.
-        collate: makes a batch of the chosen responses of examples, on the policy's device.
+        collate: makes a batch of the chosen responses of examples, on the device that computes.
         batch_rows: rows of one forward pass, as many as a training batch has.
         decided_by: everything that decides the hidden states of these rows, as plain values; hashes of large files.
         about: the same for a reader: names of models and data.
         as_started: whether the policy is certainly the model that the stage starts from: it trains, and anew.
-        rank, world_size: of this process.
-        share: gives every process what the first one hands in; all call it.
-        barrier: returns when all have called it.
+        rank, world_size: of the processes with rows of their own: those that share matrices (tensor parallelism) have
+            one rank, since every forward pass is one of all of them.
+        writes: whether it is this one of them that writes.
+        gather: gives every process what each one hands in; all call it.
     """
 
     sides: Mapping[str, Sequence[EncodedPair]]
@@ -46,8 +49,13 @@ class Scoring:
     as_started: bool = True
     rank: int = 0
     world_size: int = 1
-    share: Callable[[Any], Any] = lambda value: value
-    barrier: Callable[[], None] = lambda: None
+    writes: bool = True
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process decides for all."""
+        return self.rank == 0 and self.writes
 
 
 def scoring_of(trainer: Any, spec: PolicySpec, policy: Policy) -> Scoring:
@@ -62,27 +70,28 @@ def scoring_of(trainer: Any, spec: PolicySpec, policy: Policy) -> Scoring:
             "a reference that is computed beforehand needs to know all rows: give the trainer a PreferenceData "
             "(datamodule=...) instead of loaders, or take FrozenCopy as reference"
         )
+    device = trainer.strategy.root_device
+    rank, writes = position(trainer)
     return Scoring(
         sides={"train": data.train_examples, "validation": data.validation_examples},
-        collate=partial(chosen_batch, data.layout, pad_id(data.tokenizer), policy.head.weight.device),
+        collate=partial(chosen_batch, data.layout, pad_id(data.tokenizer), device),
         batch_rows=2 * data.batch_size,
-        decided_by=lambda: {**decided_by(spec, policy, data), "precision": str(trainer.precision)},
+        decided_by=lambda: {**decided_by(spec, policy, data, device), "precision": str(trainer.precision)},
         about={"model": spec.model or "fresh", "data": list(data.settings.paths), "template": data.settings.template},
         as_started=trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is None,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        share=trainer.strategy.broadcast,
-        barrier=trainer.strategy.barrier,
+        rank=rank,
+        world_size=sharing(trainer),
+        writes=writes,
+        gather=gathered,
     )
 
 
 def chosen_batch(side: Any, pad: int, device: torch.device, examples: Sequence[EncodedPair]) -> PreferenceBatch:
     """The batch of the examples' chosen responses."""
-    batch: Any = collate(examples, ROLES[:1], pad, side)
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}  # type: ignore[return-value]
+    return move_data_to_device(collate(examples, ROLES[:1], pad, side), device)
 
 
-def decided_by(spec: PolicySpec, policy: Policy, data: Any) -> dict[str, Any]:
+def decided_by(spec: PolicySpec, policy: Policy, data: Any, device: torch.device) -> dict[str, Any]:
     """What decides the hidden states that a policy gives for data as it starts; a new adapter adds nothing yet.
 
     Tokenizer and template are in the hash of the examples, which is one of token ids.
@@ -94,7 +103,7 @@ def decided_by(spec: PolicySpec, policy: Policy, data: Any) -> dict[str, Any]:
         "adapters": adapter_hashes(spec),
         "quantize": spec.quantize,
         "dtype": spec.dtype,
-        "device": policy.head.weight.device.type,
+        "device": device.type,
         "versions": {name: version(name) for name in PACKAGES},
     }
 

@@ -7,6 +7,7 @@ OUTPUT/results.csv, results.json       a row for each point and model; OUTPUT/re
 
 import gc
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from rsa_lightning.evaluation.comparison import PointRecord, write_comparison
 from rsa_lightning.evaluation.figures import require_matplotlib
 from rsa_lightning.evaluation.frontier import Rule
 from rsa_lightning.manifest import NAME as MANIFEST
+from rsa_lightning.parallel.launch import launched
 from rsa_lightning.parsing import first_line
 from rsa_lightning.pipeline import align
 from rsa_lightning.plan import read_config
@@ -76,7 +78,17 @@ def main(arguments: list[str], console: Console | None = None) -> int:
 
 
 def run_sweep(sweep: Sweep, console: Console) -> int:
-    """Points in order; what is finished is compared, also when the sweep is interrupted."""
+    """Points in order; what is finished is compared, also when the sweep is interrupted.
+
+    Raises:
+        ValueError: several processes were started. A point that fails in one of them would be the next one there, while
+            the others wait for it; and all would write the comparison.
+    """
+    if (started := math.prod(launched())) > 1:
+        raise ValueError(
+            f"rsa sweep is one process, and {started} were started: run it by itself, or each point as an rsa align "
+            "under torchrun or srun"
+        )
     if sweep.draw_figure:
         require_matplotlib()
     if sweep.output.is_dir() and (sweep.output / MANIFEST).exists():

@@ -9,12 +9,13 @@ import sys
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rsa_kernels import CVaR, linear
 from rsa_kernels.workspace import plan
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rsa_lightning import adapters
+from rsa_lightning import adapters, policy_stage
 from rsa_lightning.adapters import TRAINABLE, Lora, adapter_off, base_fingerprint
 from rsa_lightning.callbacks import ModelExport
 from rsa_lightning.data.batch import ROLES, collate
@@ -489,6 +490,24 @@ def test_a_checkpoint_of_another_adapter_or_another_base_is_refused(tiny_llama, 
         resume(stage(first_step / "model"))
     with pytest.raises(ValueError, match="the checkpoint holds an adapter of another model"):
         resume(stage(tiny_llama, dtype="bfloat16"))
+
+
+def test_a_run_takes_its_fingerprint_once(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    """However many checkpoints it writes: the frozen weights of a sharded policy are all gathered for it."""
+    taken = []
+
+    def counted(module):
+        taken.append(base_fingerprint(module))
+        return taken[-1]
+
+    monkeypatch.setattr(policy_stage, "base_fingerprint", counted)
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, max_steps=3, enable_checkpointing=True, callbacks=[saving]).fit(
+        stage(tiny_llama), Batches(tiny_tokenizer)
+    )
+    found = [torch.load(path, weights_only=True)[policy_stage.BASE_KEY] for path in tmp_path.glob("step=*.ckpt")]
+    assert found == taken * 3
+    assert len(taken) == 1
 
 
 def test_a_fingerprint_is_of_the_frozen_weights(tiny_llama, first_step):

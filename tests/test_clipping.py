@@ -110,6 +110,16 @@ def test_bf16_squares_are_summed_in_fp32():
     assert parameter.grad.unique().tolist() == [1 / 64]
 
 
+def test_bf16_gradients_are_scaled_by_a_factor_in_fp32():
+    """One rounding, of the product: a factor in bf16 is up to 0.4 % off, for all gradients to one side."""
+    parameter = nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+    grad = torch.linspace(0.5, 1, 4096).bfloat16()
+    parameter.grad = grad.clone()
+    norm = clip_by_norm([parameter], 1.0)
+    torch.testing.assert_close(norm.double(), grad.double().norm(), rtol=1e-6, atol=0)
+    assert torch.equal(parameter.grad, (grad.float() / (norm + 1e-6)).bfloat16())
+
+
 def test_nothing_to_clip():
     assert clip_by_norm([nn.Parameter(torch.ones(2))], 1.0) == 0.0
 

@@ -390,6 +390,19 @@ def test_the_schedule_counts_rows(tmp_path):
     assert ["optimizer", "steps,", "at", "most", "5"] in lines
 
 
+@pytest.mark.parametrize(
+    ("limits", "told"), [({"max_steps": 7}, "7"), ({}, "not known"), ({"max_steps": 7, "max_epochs": 1}, "5")]
+)
+def test_steps_without_a_limit_of_epochs_are_those_of_max_steps(limits, told, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": str(i)}) + "\n" for i in range(100)))
+    console = Console(record=True, width=120)
+    trainer = {"accumulate_grad_batches": 2, "max_epochs": -1, **limits}
+    dry_run({**SMALL, "data": {**SMALL["data"], "safety": str(rows)}, "trainer": trainer}, 4, console)
+    line = next(line for line in console.export_text().splitlines() if "optimizer steps, at most" in line)
+    assert line.replace("│", " ").split()[4:] == told.split()
+
+
 def test_other_strategies_hold_everything_and_say_so():
     console = Console(record=True, width=300)
     (alone,) = dry_run(SMALL, 1, console)

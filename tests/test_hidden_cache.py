@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from processes import on_ranks
 from rsa_kernels import ERM, KL, CVaR
 
 from rsa_lightning import hidden_store
@@ -23,6 +24,8 @@ from rsa_lightning.hidden_cache import HiddenCache, Ids, Rows, rows_of
 from rsa_lightning.hidden_store import HiddenStore, Layout
 from rsa_lightning.losses import DPO, IPO, KTO, RSA, TDPO
 from rsa_lightning.models import PolicySpec, load_policy
+from rsa_lightning.parallel.processes import gathered
+from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.reference import AdapterOff, FrozenCopy
 from rsa_lightning.saving import save_policy
 from rsa_lightning.scoring import Scoring, chosen_batch
@@ -212,6 +215,16 @@ def test_padding_and_order_do_not_matter(tiny_llama, tiny_tokenizer, pairs, made
         torch.testing.assert_close(module.reference.states(batch).hidden, fresh.states(batch), rtol=0, atol=1e-5)
 
 
+def test_states_are_where_the_batch_is(tiny_llama, tiny_tokenizer, pairs, tmp_path):
+    """Not where the weights lie: a GPU computes with those that `cpu_offload` keeps on the host."""
+    policy, work = rows_and_work(tiny_llama, tiny_tokenizer, pairs)
+    cache = HiddenCache(str(tmp_path))
+    cache.fill(policy, lambda: work)
+    cache.place(policy.to("meta"))  # elsewhere
+    states = cache.states(collate([work.sides["train"][0]]))
+    assert (states.hidden.device.type, states.weight.device.type) == ("cpu", "cpu")
+
+
 def test_rows_are_told_apart_by_ids_and_prompt_length():
     def keys(*examples, side="right"):
         return [row.key for row in rows_of(collate(examples, padding_side=side, pad_id=2))]
@@ -346,39 +359,44 @@ def test_two_writers_make_what_one_makes(tiny_llama, tiny_tokenizer, pairs, tmp_
     assert [p.name for p in one.folder.glob("head-*")] == [p.name for p in two.folder.glob("head-*")]
 
 
-def _rank(rank, meeting, folder, tiny_llama, pairs, results):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-
-    def share(value):
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
-
-    policy, work = rows_and_work(tiny_llama, None, pairs, rank=rank, world_size=2, share=share, barrier=dist.barrier)
-    cache = HiddenCache(folder)
-    cache.fill(policy, lambda: work)
-    batch = collate([work.sides["train"][rank]])
-    torch.save((cache.states(batch).hidden, policy.states(batch).detach()), f"{results}/{rank}.pt")
-    try:
-        HiddenCache(f"{meeting}/no folder").fill(policy, lambda: work)
-    except ValueError as error:
-        Path(f"{results}/{rank}.txt").write_text(str(error))
-    dist.destroy_process_group()
-
-
 def test_two_processes_share_the_work_and_the_errors(tiny_llama, tiny_tokenizer, pairs, tmp_path):
-    """Both read what either wrote; and where the first finds that the folder cannot be written, neither waits."""
-    arguments = (str(tmp_path / "meeting"), str(tmp_path / "two"), tiny_llama, pairs, str(tmp_path))
-    torch.multiprocessing.start_processes(_rank, arguments, nprocs=2, start_method="fork")
+    """Both read what either wrote; and where one finds that a file cannot be written or read, neither waits."""
+    (tmp_path / "file").write_text("no folder")
+
+    def both(rank):
+        policy, work = rows_and_work(tiny_llama, tiny_tokenizer, pairs, rank=rank, world_size=2, gather=gathered)
+        cache = HiddenCache(str(tmp_path / "two"))
+        cache.fill(policy, lambda: work)
+        batch = collate([work.sides["train"][rank]])
+        with pytest.raises(ValueError, match="cannot be written"):
+            HiddenCache(str(tmp_path / "file/no folder")).fill(policy, lambda: work)
+        if rank == 1:  # a forked process
+            HiddenStore._check_bytes = spoilt
+        with pytest.raises(ValueError, match="bytes that the second looks at"):
+            HiddenCache(str(tmp_path / "two")).fill(policy, lambda: work)
+        return cache.states(batch).hidden, policy.states(batch).detach()
+
+    def spoilt(store, part):
+        raise ValueError("bytes that the second looks at")
+
+    found = on_ranks(2, both)
     policy, work = rows_and_work(tiny_llama, tiny_tokenizer, pairs)
     HiddenCache(str(tmp_path / "one")).fill(policy, lambda: work)
     assert list(chunks(tmp_path / "two")) == list(chunks(tmp_path / "one"))
-    for rank in range(2):
-        cached, computed = torch.load(tmp_path / f"{rank}.pt")
+    for cached, computed in found:
         torch.testing.assert_close(cached, computed, rtol=0, atol=1e-5)
-        assert "cannot be written" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def test_processes_that_share_matrices_score_the_same_rows(tiny_llama, pairs, tmp_path):
+    """Tensor parallelism: every forward pass is one of both processes, so both take the same chunks; one writes them."""
+
+    def shared(rank):
+        options = {"devices": 2, "strategy": FSDP2(tensor_parallel=2)}
+        return fit(pairs, model(tiny_llama), HiddenCache(str(tmp_path / "c")), "TDPO", **options)[0]
+
+    live = fit(pairs, model(tiny_llama), FrozenCopy(), "TDPO")[0]
+    assert on_ranks(2, shared) == [pytest.approx(live, abs=1e-5)] * 2
+    assert len(chunks(tmp_path)) == 5
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_forward_pass(

@@ -23,7 +23,7 @@ import yaml
 from processes import on_ranks
 
 from rsa_lightning.cli import main
-from rsa_lightning.parallel.launch import launched
+from rsa_lightning.parallel.launch import is_first, launched
 
 ROOT = Path(__file__).parents[1]
 REWARD, QUICKSTART, SBATCH = (
@@ -503,6 +503,24 @@ def test_what_was_launched(given, found, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert launched() == found
+
+
+@pytest.mark.parametrize(
+    ("given", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "1"}, False),
+        ({"LOCAL_RANK": "1"}, False),  # of `rsa fit` with trainer.devices and no launcher: Lightning says no RANK
+    ],
+)
+def test_one_process_speaks(given, first, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert is_first() is first
 
 
 @pytest.mark.parametrize("more", [{}, {"SLURM_NTASKS_PER_NODE": "2"}])

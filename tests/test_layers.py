@@ -98,7 +98,7 @@ ROOMS = {
     "members": ("adapters data.tokenize parsing", "torch transformers safetensors"),
     "merge": ("adapters checkpoint data.tokenize hub members models saving weights", "torch safetensors"),
     "scoring": (
-        "adapters checkpoint data.batch data.tokenize hub models",
+        "adapters checkpoint data.batch data.tokenize hub models parallel.processes",
         "torch lightning",
     ),
     "reference": ("adapters models scoring parallel.sharding data.batch", "torch"),
@@ -207,7 +207,8 @@ ROOMS = {
         "torch rich",
     ),
     "sweep": (
-        "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parsing pipeline plan",
+        "checkpoint config evaluation.comparison evaluation.figures evaluation.frontier manifest parallel.launch parsing pipeline "
+        "plan",
         "rich",
     ),
     "dryrun.meter": ("", "torch"),

@@ -342,6 +342,16 @@ def test_what_the_grid_sets_is_no_option(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_is_one_process(tmp_path, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match="rsa sweep is one process, and 4 were started: run it by itself, or each point"
+    ):
+        sweep(tmp_path / "sweep")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_of_rsa_align_is_no_place_for_a_sweep(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="is the run directory of one rsa align: choose another --output"):

@@ -1,8 +1,7 @@
 """A stage without a trainer, where its batches are given: what a stage does between two batches of its loader."""
 
-from typing import Any, cast
-
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from rsa_kernels import CVaR
 from torch import Tensor, nn
 
@@ -42,8 +41,7 @@ class BareStage:
         return loss.detach()
 
     def there(self, batch: PreferenceBatch) -> PreferenceBatch:
-        moved: Any = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return cast(PreferenceBatch, moved)
+        return move_data_to_device(batch, self.device)
 
     def wait(self) -> None:
         if self.device.type == "cuda":

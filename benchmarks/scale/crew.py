@@ -25,6 +25,7 @@ from benchmarks.scale.loops import provider_loop
 from benchmarks.scale.traffic import Traffic
 from benchmarks.scale.turns import timed
 from benchmarks.timing import peak_extra_bytes
+from rsa_lightning.parallel.processes import backend_of
 from rsa_lightning.parallel.strategy import FSDP2
 
 
@@ -197,5 +198,5 @@ def _join(rank: int, meeting: str, team: Team) -> None:
     os.environ |= {name: str(team.processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     if team.device == "cuda":
         torch.cuda.set_device(rank)
-    backend = "cpu:gloo,cuda:nccl" if team.device == "cuda" else "gloo"
+    backend = backend_of(torch.device(team.device))
     dist.init_process_group(backend, init_method=f"file://{meeting}/store", rank=rank, world_size=team.processes)

@@ -27,6 +27,7 @@ from benchmarks.scale.goals import name, verdicts
 from benchmarks.scale.loops import quietly
 from benchmarks.scale.report import page
 from benchmarks.timing import Refused, environment, version
+from rsa_lightning.parallel.processes import backend_of
 
 SECTIONS = ("processes", "traffic", "references", "layouts", "cost")
 QUICK_CACHED = {"hidden": 32, "layers": 1, "vocabulary": 129, "tokens": 16, "prompt": 4, "batch_size": 2}
@@ -100,7 +101,7 @@ def _together(teams: list[Team], size: Size, samples: int, work: Path) -> tuple[
     """This process is one of torchrun's, and the first of them writes what all read."""
     if teams[0].device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if teams[0].device == "cuda" else "gloo")
+    dist.init_process_group(backend_of(torch.device(teams[0].device)))
     if dist.get_rank() == 0:
         work.mkdir(parents=True, exist_ok=True)
         size.write(work, processes.steps_needed(samples))
@@ -139,13 +140,6 @@ def _teams(options: argparse.Namespace) -> list[Team]:
             raise Refused(f"--processes {count}: a number that divides {pairs} pairs, and is a multiple of --replicas")
     alone = [] if launched() > 1 else [Team(1, sharded=False, device=how["device"])]
     return alone + [Team(count, sharded=True, **how) for count in counts]
-
-
-def _meet(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    dist.barrier()
 
 
 def _environment(device: str) -> Found:

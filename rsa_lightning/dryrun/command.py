@@ -176,7 +176,7 @@ def _notes(found: Sequence[Planned]) -> list[str]:
 
 def _optimizer_steps(step: Planned, pairs: int | None) -> int | None:
     trainer = step.trainer
-    if pairs is None:
+    if pairs is None or trainer.max_epochs == -1:  # as many epochs as it takes
         return trainer.max_steps if trainer.max_steps > 0 else None
     batches = pairs // step.pairs * step.work.accumulate
     limit = trainer.limit_train_batches

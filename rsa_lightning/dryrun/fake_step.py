@@ -19,13 +19,14 @@ from rsa_kernels.dispatch import FUSED
 from rsa_kernels.workspace import Plan
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from transformers import masking_utils
 
 from rsa_lightning.dryrun.fake_head import HeadMemory
 from rsa_lightning.dryrun.meter import Call, Kind, Mark, Meter
 from rsa_lightning.models import Policy, PolicySpec, ReferenceStates, load_policy
 from rsa_lightning.parallel.clipping import clip_by_norm
-from rsa_lightning.parallel.sharding import blocks, is_sharded, materialise, set_gradient_sync
+from rsa_lightning.parallel.sharding import blocks, is_sharded, materialise
 from rsa_lightning.parallel.strategy import FSDP2
 from rsa_lightning.policy_stage import PolicyStage
 from rsa_lightning.reference import AdapterOff, FrozenCopy, Reference, working_dtype
@@ -51,7 +52,7 @@ class Work:
 class Footprint:
     """Of one process: bytes by kind at the fullest moment of each part of an optimizer step, and its collectives.
 
-    Where the strategy offloads to the host, shards and optimizer states are there (`on_host`).
+    Where the strategy offloads to the host, what `command.ON_HOST` names is there, and is counted here all the same.
     """
 
     peaks: dict[Mark, dict[Kind, int]]
@@ -196,9 +197,9 @@ class _Step:
                 total = total + tokens.risk.sum()
         if first:  # the Trainer frees the gradients of the step before once this one's forward is done
             self.optimizer.zero_grad()
-        if is_sharded(self.policy):
+        if isinstance(self.policy, FSDPModule):
             assert isinstance(self.strategy, FSDP2)
-            set_gradient_sync(self.policy, last or self.strategy.reduce_every_microbatch)
+            self.policy.set_requires_gradient_sync(last or self.strategy.reduce_every_microbatch)
         del tokens, states
         meter.mark("backward")
         meter.kind = "working"

@@ -217,7 +217,7 @@ def step_flops(step: Planned) -> float:
     tokens, work = step.rows * step.work.tokens, step.work
     forward = 2 * step.found.in_blocks * tokens + 2 * config.num_hidden_layers * heads * work.tokens * tokens
     passes = 1 + (1 if step.spec.lora is not None else 2)
-    passes += step.sharded is not None and step.sharded.checkpoints
+    passes += step.sharded is not None and step.sharded.recomputes
     reference, loss = getattr(step.stage, "reference", None), getattr(step.stage, "loss", None)
     passes += reference is not None and reference.live
     products = PRODUCTS[step.found.head.strategy][

@@ -42,7 +42,7 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[T
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # without a look at it, which would cost a sync
     for locals_ in by_sharding.values():
         for local in locals_:
-            local.mul_(factor.to(local.device, local.dtype))
+            local.mul_(factor.to(local.device))  # in its own precision, which bf16 would round before the product
     return norm
 
 

@@ -31,5 +31,5 @@ def by_slurm() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks, before any are joined."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
+    """Whether this is the process that speaks, before any are joined; those that Lightning starts know no RANK."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))

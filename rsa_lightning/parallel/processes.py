@@ -24,6 +24,21 @@ def sharing(trainer: L.Trainer) -> int:
     return int((getattr(trainer, "distributed_sampler_kwargs", None) or {}).get("num_replicas", trainer.world_size))
 
 
+def position(trainer: L.Trainer) -> tuple[int, bool]:
+    """Which of `sharing` this process is one of, and whether it is the first of those that are this one together."""
+    together = trainer.world_size // sharing(trainer)  # neighbours
+    return trainer.global_rank // together, trainer.global_rank % together == 0
+
+
+def gathered(value: T) -> list[T]:
+    """What each process hands in, on every process; all call it. A process by itself has its own."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def backend_of(device: torch.device) -> str:
     """Collectives of tensors on the device and, for offloaded weights and their norms, of tensors on the CPU."""
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"

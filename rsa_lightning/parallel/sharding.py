@@ -134,13 +134,6 @@ def gather(policy: Policy) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
 
 
-def set_gradient_sync(policy: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over processes, or only adds them up on each."""
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(enabled, recurse=False)
-
-
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 manages a module, whatever is gathered at the moment."""
     return isinstance(module, FSDPModule)

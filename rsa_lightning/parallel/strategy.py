@@ -28,7 +28,7 @@ from rsa_lightning import packing
 from rsa_lightning.models import Policy, PolicySpec, load_policy
 from rsa_lightning.parallel import shards
 from rsa_lightning.parallel.processes import backend_of
-from rsa_lightning.parallel.sharding import Sharding, fill, set_gradient_sync, shard
+from rsa_lightning.parallel.sharding import Sharding, fill, shard
 from rsa_lightning.parallel.tensor import parallelize
 from rsa_lightning.parsing import first_line
 
@@ -114,8 +114,8 @@ class FSDP2(ModelParallelStrategy):
         return self._options["cpu_offload"]
 
     @property
-    def checkpoints(self) -> bool:
-        """Whether activations are computed again."""
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in backward."""
         return self._options["activation_checkpointing"]
 
     @property
@@ -215,9 +215,9 @@ class FSDP2(ModelParallelStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Gradients of a step's earlier batches are only added up, on each process; the last batch reduces the sum."""
         super().pre_backward(closure_loss)
-        assert self.model is not None
-        loop = self.lightning_module.trainer.fit_loop.epoch_loop  # type: ignore[union-attr]
-        set_gradient_sync(self.model, self.reduce_every_microbatch or not loop._should_accumulate())
+        stage: Any = self.lightning_module
+        last = not stage.trainer.fit_loop.epoch_loop._should_accumulate()
+        stage.policy.set_requires_gradient_sync(last or self.reduce_every_microbatch)
 
     # --------------------------------------------------------------- checkpoints
 
@@ -314,12 +314,16 @@ def _finished(partial: Path, path: Path, rest: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     old = path.with_name(PARTIAL + ".old")
-    for stale in (old, path if path.is_file() else old):
-        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
-    if path.is_dir():
+    _removed(old)
+    if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    _removed(old)
+
+
+def _removed(path: Path) -> None:
+    """No folder, nor a file, where there may be one."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _renamed(state: Any, before: list[Any], after: list[Any]) -> dict[str, Any]:

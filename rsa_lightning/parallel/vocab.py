@@ -161,7 +161,7 @@ class _TokenRisk(torch.autograd.Function):
             z, r = _project(models[:3], chunk), _project(models[3:], chunk) if models[3] is not None else None
             parts.append(rows_forward(z, r, columns[chunk], call.options, call.across))
             logits += [z, None if call.options.risk is None else r] if call.keep else []
-        stats = _joined(parts, labels, models[0], models[3] is not None, call.options)
+        stats = _joined(parts, models[0], models[3] is not None, call.options)
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.save_for_backward(*models, labels, columns, stats.saved, *logits)
@@ -236,7 +236,7 @@ def _project(model: list[Any], chunk: slice) -> Tensor:
     return torch.nn.functional.linear(hidden[chunk], weight, bias)
 
 
-def _joined(parts: list[RowStats], labels: Tensor, hidden: Tensor, reference: bool, options: RowOptions) -> RowStats:
+def _joined(parts: list[RowStats], hidden: Tensor, reference: bool, options: RowOptions) -> RowStats:
     """The statistics of all chunks."""
     if parts:
         columns = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
