@@ -427,6 +427,11 @@ def test_other_strategies_hold_everything_and_say_so():
             ["--dry-run", "--world-size", "8", "--trainer.strategy.init_args.tensor_parallel", "2"],
             "a dry run does not know strategy.tensor_parallel 2 yet",
         ),
+        (
+            ["--dry-run", "--world-size", "8", "--model.config.num_attention_heads", "3"],
+            "steps.warmup: policy.config: no causal llama can be made of it (Class validation error for validator "
+            "'validate_architecture': ValueError: The hidden size (128) is not a multiple of the number of attention heads",
+        ),
         (["--dry-run", "--world-size", "8", "--model.model", "/no/where"], "there is no /no/where/config.json"),
         (["--dry-run", "--world-size", "8", "--data.options.max_length", "1024"], "the model knows 512 positions"),
     ],

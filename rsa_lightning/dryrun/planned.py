@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig
 
+from rsa_lightning.architecture import UNREADABLE, fresh_config
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.dryrun.fake_step import Footprint, Work
 from rsa_lightning.dryrun.footprint import footprint
@@ -144,7 +145,7 @@ class Planner:
         """All fields of the configuration of a model that transformers has a class for."""
         fresh = {"vocab_size": self._vocabulary(), **(origin.config or {})}
         fields = fresh if origin.model is None else _read(origin)
-        made = AutoConfig.for_model(**fields)
+        made = fresh_config(fields)
         fields["num_hidden_layers"] = made.num_hidden_layers
         if getattr(made, "layer_types", None):
             fields["layer_types"] = list(made.layer_types)
@@ -168,7 +169,7 @@ def _read(origin: PolicySpec) -> dict[str, Any]:
     try:
         fields = AutoConfig.from_pretrained(source, revision=origin.revision).to_dict()
         known = AutoConfig.for_model(fields["model_type"])
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{source}: no architecture that transformers has a class for ({first_line(error)[:200]}); a dry run runs "
             "no code of a model's own"
