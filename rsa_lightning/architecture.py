@@ -1,6 +1,7 @@
 """The configuration of a fresh model: a `model_type` that transformers knows, and fields that fit it."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -19,13 +20,17 @@ def fresh_config(config: Mapping[str, Any], **defaults: Any) -> PreTrainedConfig
         defaults: fields that `config` wins over.
 
     Raises:
-        ValueError: the model type is not known, or a field is one that transformers would silently keep; or values do
-            not fit each other, with the reason.
+        ValueError: the model type is not known, and which are near; a field is one that transformers would silently
+            keep; or values do not fit each other, with the reason.
     """
     fields = dict(config)
     model_type = str(fields.pop("model_type"))
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"policy.config.model_type {model_type!r} is not known to transformers")
+        near = get_close_matches(model_type, CONFIG_MAPPING, n=3)
+        raise ValueError(
+            f"policy.config.model_type {model_type!r} is not known to transformers"
+            + (f": is it {' or '.join(near)}?" if near else "; llama is, for example")
+        )
     plain = AutoConfig.for_model(model_type)
     unknown = [name for name in fields if not hasattr(plain, name)]
     if unknown:

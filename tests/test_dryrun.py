@@ -432,6 +432,10 @@ def test_other_strategies_hold_everything_and_say_so():
             "steps.warmup: policy.config: no causal llama can be made of it (Class validation error for validator "
             "'validate_architecture': ValueError: The hidden size (128) is not a multiple of the number of attention heads",
         ),
+        (
+            ["--dry-run", "--world-size", "8", "--model.config.model_type", "llamma"],
+            "known to transformers: is it llama",
+        ),
         (["--dry-run", "--world-size", "8", "--model.model", "/no/where"], "there is no /no/where/config.json"),
         (["--dry-run", "--world-size", "8", "--data.options.max_length", "1024"], "the model knows 512 positions"),
     ],
