@@ -21,7 +21,7 @@ def fresh_config(config: Mapping[str, Any], **defaults: Any) -> PreTrainedConfig
 
     Raises:
         ValueError: the model type is not known, and which are near; a field is one that transformers would silently
-            keep; or values do not fit each other, with the reason.
+            keep; values do not fit each other, with the reason; or there is no layer.
     """
     fields = dict(config)
     model_type = str(fields.pop("model_type"))
@@ -36,9 +36,13 @@ def fresh_config(config: Mapping[str, Any], **defaults: Any) -> PreTrainedConfig
     if unknown:
         raise ValueError(f"policy.config has fields that {model_type} does not know: {', '.join(unknown)}")
     try:
-        return AutoConfig.for_model(model_type, **{**defaults, **fields})
+        made = AutoConfig.for_model(model_type, **{**defaults, **fields})
     except Exception as error:  # whatever transformers raises on an impossible configuration is about the configuration
         raise impossible(model_type, error) from error
+    layers = getattr(made, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise ValueError(f"policy.config.num_hidden_layers is {layers}: a model has at least 1 layer")
+    return made
 
 
 def impossible(model_type: str, error: Exception) -> ValueError:

@@ -293,6 +293,7 @@ def test_weights_that_no_layer_takes_are_announced(tiny_llama, tmp_path, caplog)
             {"hidden_size": 30, "num_attention_heads": 4},
             r"policy.config: no causal llama can be made of it .*hidden size \(30\) is not a multiple of .* heads \(4\)",
         ),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: a model has at least 1 layer"),
         ({"model_type": "t5"}, "policy.config: no causal t5 can be made of it"),
     ],
 )
