@@ -446,6 +446,16 @@ def test_mistakes_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("mamba", "mamba has no num_attention_heads"), ("jamba", "jamba has layers of other kinds")],
+)
+def test_models_with_state_spaces_are_refused_in_one_line(model_type, why, caplog):
+    with pytest.raises(ValueError, match=f"whose layers all attend, and the configuration of {why}$"):
+        dry_run({**SMALL, "model": {"config": {"model_type": model_type}}}, 2)
+    assert "Can't set" not in caplog.text
+
+
 def test_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layers = [str(ROOT / "configs" / name) for name in ("hh.yaml", "fsdp2.yaml")]

@@ -25,6 +25,7 @@ from rsa_lightning.steps import fit_config
 
 # arguments of the Trainer that are about machines or folders
 ELSEWHERE = ("accelerator", "devices", "num_nodes", "logger", "callbacks", "profiler", "plugins", "enable_progress_bar")
+ATTENDING = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # what says how large a model is
 VOCABULARY = 2048  # of a tokenizer that a run trains, unless data.options.tokenizer_vocab_size says otherwise
 # matrix products of the head, forward and backward, by strategy: without a reference, without a risk, with one
 PRODUCTS = {"cache": (3, 4, 4), "recompute": (4, 5, 6), "frozen": (2, 3, 4)}
@@ -146,6 +147,13 @@ class Planner:
         fresh = {"vocab_size": self._vocabulary(), **(origin.config or {})}
         fields = fresh if origin.model is None else _read(origin)
         made = fresh_config(fields)
+        lacking = [name for name in ATTENDING if not isinstance(getattr(made, name, None), int)]
+        # types that follow from other fields cannot be cut to fewer layers; they mix attention with state spaces
+        if lacking or isinstance(getattr(type(made), "layer_types", None), property):
+            why = f"has no {', '.join(lacking)}" if lacking else "has layers of other kinds"
+            raise ValueError(
+                f"a dry run knows models whose layers all attend, and the configuration of {made.model_type} {why}"
+            )
         fields["num_hidden_layers"] = made.num_hidden_layers
         if getattr(made, "layer_types", None):
             fields["layer_types"] = list(made.layer_types)
