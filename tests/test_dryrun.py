@@ -456,6 +456,47 @@ def test_models_with_state_spaces_are_refused_in_one_line(model_type, why, caplo
     assert "Can't set" not in caplog.text
 
 
+def told(config, world_size):
+    """What a dry run prints below its tables."""
+    console = Console(record=True, width=400)
+    dry_run(config, world_size, console)
+    return [line.strip() for line in console.export_text().splitlines() if line.startswith("- ")]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "refused"),
+    [
+        ({"devices": 2, "num_nodes": 4}, 4, "devices 2 x trainer.num_nodes 4 is not 4, the processes planned for"),
+        ({"devices": "auto", "num_nodes": 3}, 4, "devices auto x trainer.num_nodes 3 is not 4"),
+        ({"devices": 2, "num_nodes": 2}, 4, None),
+        ({"devices": 2}, 4, None),  # nodes are those that torchrun started
+        ({"devices": "auto"}, 4, None),
+    ],
+)
+def test_processes_that_the_trainer_would_refuse_are_told(layout, world_size, refused):
+    notes = [note for note in told({**SMALL, "trainer": layout}, world_size) if "num_nodes" in note]
+    assert [refused in note for note in notes] == ([] if refused is None else [True])
+
+
+@pytest.mark.parametrize(("rows", "refused"), [(17, True), (18, False)])
+def test_pairs_too_few_for_an_optimizer_step_are_told(rows, refused, tmp_path):
+    """Of 17 pairs 15 are trained on, of 18 pairs 16; a step takes 2 x 4 x 2."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("{}\n" * rows)
+    config = {**SMALL, "data": {**SMALL["data"], "safety": str(file)}, "trainer": {"accumulate_grad_batches": 2}}
+    notes = [note for note in told(config, 4) if "would be refused" in note]
+    assert len(notes) == refused
+    assert all("15 pairs are fewer than one optimizer step takes, 16 (batch_size 2 x 4 processes" in n for n in notes)
+
+
+def test_a_file_that_is_not_there_is_told():
+    notes = told({**SMALL, "data": {**SMALL["data"], "safety": "/no/where.jsonl"}}, 1)
+    assert notes == [
+        "- data.safety: there is no /no/where.jsonl here, so its rows are not counted; training would refuse it"
+    ]
+    assert told({**SMALL, "data": {**SMALL["data"], "safety": "owner/of-the-hub"}}, 1) == []
+
+
 def test_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layers = [str(ROOT / "configs" / name) for name in ("hh.yaml", "fsdp2.yaml")]

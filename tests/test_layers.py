@@ -223,7 +223,7 @@ ROOMS = {
         "architecture data.tokenize dryrun.fake_step fit dryrun.footprint hub lineage models parsing plan policy_stage steps parallel.strategy",
         "lightning transformers",
     ),
-    "dryrun.command": ("lineage dryrun.meter plan dryrun.planned steps", "rich pyarrow"),
+    "dryrun.command": ("hub lineage dryrun.meter plan dryrun.planned steps", "rich pyarrow"),
     "card": ("evaluation.wording", ""),
     "export": (
         "adapters callbacks card checkpoint config data.datamodule data.tokenize fit hub manifest models policy_stage "

@@ -1,6 +1,7 @@
 """The steps of a run as they would be trained on many GPUs, planned on this machine: of models config.json is read."""
 
 from argparse import ArgumentError
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,29 @@ class Planner:
             folder=Path(self.config.output) / name,
             progress_bar=False,
         )
+        self._check_layout(name, values["trainer"])
         here = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
         given = {key: value for key, value in values["trainer"].items() if key not in ELSEWHERE}
         return FitCLI({**values, "trainer": {**given, **here, "enable_progress_bar": False}})
+
+    def _check_layout(self, name: str, trainer: Mapping[str, Any]) -> None:
+        """Whether training on this many processes would take `trainer.devices` and `num_nodes`.
+
+        Raises:
+            ValueError: on no number of nodes it would. A number of nodes that is another is a note: N may be a try.
+        """
+        each, nodes = _devices(trainer.get("devices")), int(trainer.get("num_nodes") or 1)
+        mend = "leave trainer.devices and num_nodes out: torchrun or SLURM says them"
+        if self.world_size % (each or 1):
+            raise ValueError(
+                f"trainer.devices {each} does not divide the {self.world_size} processes of --world-size: {mend}"
+            )
+        if nodes > 1 and self.world_size != nodes * (each or self.world_size // nodes):
+            asked = f"{each} x trainer.num_nodes {nodes}" if each else f"auto x trainer.num_nodes {nodes}"
+            self.notes.append(
+                f"steps.{name}: trainer.devices {asked} is not {self.world_size}, the processes planned for: training "
+                f"on {self.world_size} would be refused; {mend}"
+            )
 
     def _measure(self, name: str, cli: FitCLI) -> Planned:
         stage, trainer, data = cli.model, cli.trainer, cli.datamodule
@@ -164,6 +185,15 @@ class Planner:
         if tokenizer is not None and Path(tokenizer).is_dir():
             return len(load_tokenizer(tokenizer))
         return int(self.config.data.options.get("tokenizer_vocab_size", VOCABULARY))
+
+
+def _devices(given: Any) -> int | None:
+    """How many devices of a node `trainer.devices` asks for; None for as many as there are."""
+    if isinstance(given, list):
+        return len(given)
+    if isinstance(given, str) and "," in given:
+        return len([index for index in given.split(",") if index.strip()])
+    return None if given in (None, "auto", -1, "-1") else int(given)
 
 
 def _read(origin: PolicySpec) -> dict[str, Any]:
