@@ -456,6 +456,16 @@ def test_models_with_state_spaces_are_refused_in_one_line(model_type, why, caplo
     assert "Can't set" not in caplog.text
 
 
+def test_the_share_that_is_trained_is_a_percentage():
+    """An adapter of rank 1 on the queries: 2 x (64 + 64), of those and the 139,072 of two layers, embeddings and head."""
+    for lora, share in ((None, "100 %"), ({"rank": 1, "target_modules": ["q_proj"]}, "0.184 %")):
+        console = Console(record=True, width=120)
+        (step,) = dry_run({**SMALL, "lora": lora}, 1, console)
+        assert (step.found.trained, step.found.total) == ((256, 139_328) if lora else (139_072, 139_072))
+        [line] = [line for line in console.export_text().splitlines() if "of these trained" in line]
+        assert line.replace("│", " ").split()[-2:] == share.split()
+
+
 def told(config, world_size):
     """What a dry run prints below its tables."""
     console = Console(record=True, width=400)

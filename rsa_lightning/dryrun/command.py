@@ -98,7 +98,7 @@ def _memory(found: Sequence[Planned]) -> Table:
             "on the host", *(_gib(size) if host else "–" for size, host in zip(hosts, offloaded, strict=True))
         )
     table.add_row("parameters, billions", *(f"{step.found.total / 1e9:.3g}" for step in found))
-    table.add_row("of these trained", *(f"{step.found.trained / step.found.total:.3g}" for step in found))
+    table.add_row("of these trained", *(f"{100 * step.found.trained / step.found.total:.3g} %" for step in found))
     table.add_row("head keeps, rows at a time", *(_head(step) for step in found))
     return table
 
