@@ -232,14 +232,29 @@ def test_the_peak_of_each_of_two_processes_is_the_measured_one(name):
     assert estimated == pytest.approx(measured, rel=0.08)
 
 
-def test_the_collectives_of_two_processes_are_those_that_are_made():
-    """Every one of them, by operation, group and bytes, with three accumulated batches; phases are the dry run's own."""
-    case = Case(512, 64, 3, pairs=1, tokens=32, scored=16, accumulate=3)
+def check_collectives(case):
+    """Every one of them, by operation, group and bytes; phases are the dry run's own. Returns those that were made."""
     made = Counter(call._replace(phase="") for call in on_ranks(2, calls_of, case, 2)[0])
     planned: Counter[Call] = Counter()
     for call, count in case.estimate(2, True).calls.items():
         planned[call._replace(phase="")] += count  # type: ignore[assignment]
     assert planned == made
+    return made
+
+
+def test_the_collectives_below_an_adapter_are_those_that_are_made():
+    """Frozen weights are gathered every batch, those outside the blocks too, and adapters alone are reduced."""
+    case = Case(512, 64, 2, pairs=1, tokens=32, scored=16, rank=4)
+    made = check_collectives(case)
+    assert sum(made.values()) == 2 * 3 + 2 + 2 + 1  # blocks by reference, forward, backward; the others; adapters; norm
+    adapters = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 176)) * 4
+    assert sum(n * call.bytes for call, n in made.items() if call.operation == "reduce-scatter") == adapters
+
+
+def test_the_collectives_of_two_processes_are_those_that_are_made():
+    """With three accumulated batches."""
+    case = Case(512, 64, 3, pairs=1, tokens=32, scored=16, accumulate=3)
+    made = check_collectives(case)
     # gathered: four units by the policy's forward, three blocks again in backward and three by the reference
     gathers = sum(count for call, count in made.items() if call.operation == "all-gather")
     assert gathers == 3 * (5 + 3 + 3)
