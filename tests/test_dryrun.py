@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import logging
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -458,6 +459,29 @@ def test_other_strategies_hold_everything_and_say_so():
 def test_mistakes_are_named(arguments, message, capsys):
     layers = [str(ROOT / "configs" / name) for name in ("pku.yaml", "fsdp2.yaml")]
     assert main(["align", *(word for layer in layers for word in ("-c", layer)), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "none.yaml"], "there is no configuration file none.yaml"),
+        (["-c", "pku.yaml", "--dry-run", "--world-size", "0"], "at least 1, got 0"),
+        (["-c", "pku.yaml", "--dry-run"], "belong together"),
+    ],
+)
+def test_what_the_command_line_alone_shows_is_said_before_anything_heavy_is_imported(
+    arguments, message, capsys, monkeypatch
+):
+    for module in (
+        "rsa_lightning.plan",
+        "rsa_lightning.pipeline",
+        "rsa_lightning.dryrun.command",
+        "transformers.utils",
+    ):
+        monkeypatch.setitem(sys.modules, module, None)  # an import raises
+    monkeypatch.chdir(ROOT / "configs")
+    assert main(["align", *arguments]) == 1
     assert message in capsys.readouterr().err
 
 
