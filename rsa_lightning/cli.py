@@ -102,22 +102,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def _align(arguments: list[str]) -> int:
     from rsa_lightning.config import dump, layer_parser, load_layers, overrides
-    from rsa_lightning.pipeline import align
-    from rsa_lightning.plan import KEYS, read_config
 
-    _quiet_lightning()
-    _no_weight_bars()
-    parser = layer_parser("rsa align", "[--output DIR] [--KEY.SUBKEY VALUE ...]", KEYS)
+    keys = None
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        from rsa_lightning.plan import KEYS
+
+        keys = KEYS
+    parser = layer_parser("rsa align", "[--output DIR] [--KEY.SUBKEY VALUE ...]", keys)
     parser.add_argument("--print_config", action="store_true", help="print the merged configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print memory, communication and schedule, and stop")
     parser.add_argument("--world-size", type=int, metavar="N", help="GPUs of a dry run")
     known, rest = parser.parse_known_args(arguments)
+    if known.dry_run != (known.world_size is not None):
+        raise ValueError("--dry-run and --world-size N belong together: N is the number of GPUs to plan for")
+    if known.dry_run and known.world_size < 1:
+        raise ValueError(f"--world-size is a number of processes, at least 1, got {known.world_size}")
     config = load_layers(known.config, overrides(rest))
-    if known.dry_run or known.world_size is not None:
+
+    # what takes seconds to import, after all that can be said without it
+    from rsa_lightning.pipeline import align
+    from rsa_lightning.plan import read_config
+
+    _quiet_lightning()
+    _no_weight_bars()
+    if known.dry_run:
         from rsa_lightning.dryrun.command import dry_run
 
-        if not known.dry_run or known.world_size is None:
-            raise ValueError("--dry-run and --world-size N belong together: N is the number of GPUs to plan for")
         dry_run(config, known.world_size)
         return 0
     if known.print_config:

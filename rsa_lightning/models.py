@@ -23,6 +23,7 @@ from rsa_lightning.adapters import (
     mistaken_for_a_model,
     quantization,
 )
+from rsa_lightning.architecture import UNREADABLE, fresh_config, impossible
 from rsa_lightning.data.batch import PreferenceBatch
 from rsa_lightning.parsing import first_line
 
@@ -236,7 +237,7 @@ def check_spec(spec: PolicySpec, like: PolicySpec | None = None) -> None:
     """
     ground = like or spec
     if ground.model is None:
-        _known_fields(ground)
+        fresh_config(ground.config or {})
     else:
         _check_folder(ground.model)
     if spec.lora is not None:
@@ -275,19 +276,17 @@ def load_policy(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    model_type, fields = _known_fields(spec)
+    of_tokenizer: dict[str, Any] = {}
     if tokenizer is not None:
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        fields = {"vocab_size": len(tokenizer), **ids, "pad_token_id": tokenizer.pad_token_id, **fields}
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        of_tokenizer = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
+    config = fresh_config(spec.config or {}, **of_tokenizer)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
-            config = AutoConfig.for_model(model_type, **fields)
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))
-    except Exception as error:  # whatever transformers raises on an impossible configuration is about the configuration
-        raise ValueError(
-            f"policy.config: no causal {model_type} can be made of it ({first_line(error)[:200]})"
-        ) from error
+    except Exception as error:  # whatever transformers raises here is about the configuration
+        raise impossible(config.model_type, error) from error
 
 
 def _without_weights(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
@@ -300,26 +299,12 @@ def _without_weights(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase | None
         config = AutoConfig.from_pretrained(spec.model, revision=spec.revision, **options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype), **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise _unreadable(spec.model, error) from error
 
 
 def _unreadable(source: str, error: BaseException) -> ValueError:
     return ValueError(f"no causal language model can be read from {source!r} ({first_line(error)[:200]})")
-
-
-def _known_fields(spec: PolicySpec) -> tuple[str, dict[str, Any]]:
-    """Model type and fields of a configuration; raises ValueError on names that transformers would silently keep."""
-    fields = dict(spec.config or {})
-    model_type = fields.pop("model_type")
-    try:
-        defaults = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise ValueError(f"policy.config.model_type {model_type!r} is not known to transformers") from error
-    unknown = [name for name in fields if not hasattr(defaults, name)]
-    if unknown:
-        raise ValueError(f"policy.config has fields that {model_type} does not know: {', '.join(unknown)}")
-    return model_type, fields
 
 
 def _from_folder(spec: PolicySpec) -> PreTrainedModel:
@@ -334,7 +319,7 @@ def _from_folder(spec: PolicySpec) -> PreTrainedModel:
             output_loading_info=True,
             **quantization(spec.quantize, getattr(torch, spec.dtype)),
         )
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         raise _unreadable(source, error) from error
     model, info = loaded
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers follows an adapter to its base by itself

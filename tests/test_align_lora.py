@@ -262,7 +262,7 @@ MISTAKES = {
     "pattern": (["--lora.target_modules", "("], "lora.target_modules (() does not fit LlamaForCausalLM"),
     "rank": (["--lora.rank", "0"], "steps.reward: lora.rank must be at least 1, got 0"),
     "true": (["--lora", "true"], "lora must be a mapping, got True"),
-    "nothing to adapt": (["--lora.rank", "2", "--model.config.num_hidden_layers", "0"], "Its linear layers: none"),
+    "no layers": (["--lora.rank", "2", "--model.config.num_hidden_layers", "0"], "0: a model has at least 1 layer"),
     "8bit": (["--lora.rank", "2", "--quantize", "8bit"], "steps.reward: quantize .*(bitsandbytes|GPU)"),
     "quantize alone": (["--quantize", "4bit"], "quantize: 4bit is about adapters, and no step trains one: set lora"),
     "stack alone": (["--handover", "stack"], "handover: stack is about adapters, and no step trains one: set lora"),

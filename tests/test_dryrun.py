@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import logging
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -232,14 +233,29 @@ def test_the_peak_of_each_of_two_processes_is_the_measured_one(name):
     assert estimated == pytest.approx(measured, rel=0.08)
 
 
-def test_the_collectives_of_two_processes_are_those_that_are_made():
-    """Every one of them, by operation, group and bytes, with three accumulated batches; phases are the dry run's own."""
-    case = Case(512, 64, 3, pairs=1, tokens=32, scored=16, accumulate=3)
+def check_collectives(case):
+    """Every one of them, by operation, group and bytes; phases are the dry run's own. Returns those that were made."""
     made = Counter(call._replace(phase="") for call in on_ranks(2, calls_of, case, 2)[0])
     planned: Counter[Call] = Counter()
     for call, count in case.estimate(2, True).calls.items():
         planned[call._replace(phase="")] += count  # type: ignore[assignment]
     assert planned == made
+    return made
+
+
+def test_the_collectives_below_an_adapter_are_those_that_are_made():
+    """Frozen weights are gathered every batch, those outside the blocks too, and adapters alone are reduced."""
+    case = Case(512, 64, 2, pairs=1, tokens=32, scored=16, rank=4)
+    made = check_collectives(case)
+    assert sum(made.values()) == 2 * 3 + 2 + 2 + 1  # blocks by reference, forward, backward; the others; adapters; norm
+    adapters = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 176)) * 4
+    assert sum(n * call.bytes for call, n in made.items() if call.operation == "reduce-scatter") == adapters
+
+
+def test_the_collectives_of_two_processes_are_those_that_are_made():
+    """With three accumulated batches."""
+    case = Case(512, 64, 3, pairs=1, tokens=32, scored=16, accumulate=3)
+    made = check_collectives(case)
     # gathered: four units by the policy's forward, three blocks again in backward and three by the reference
     gathers = sum(count for call, count in made.items() if call.operation == "all-gather")
     assert gathers == 3 * (5 + 3 + 3)
@@ -427,6 +443,15 @@ def test_other_strategies_hold_everything_and_say_so():
             ["--dry-run", "--world-size", "8", "--trainer.strategy.init_args.tensor_parallel", "2"],
             "a dry run does not know strategy.tensor_parallel 2 yet",
         ),
+        (
+            ["--dry-run", "--world-size", "8", "--model.config.num_attention_heads", "3"],
+            "steps.warmup: policy.config: no causal llama can be made of it (Class validation error for validator "
+            "'validate_architecture': ValueError: The hidden size (128) is not a multiple of the number of attention heads",
+        ),
+        (
+            ["--dry-run", "--world-size", "8", "--model.config.model_type", "llamma"],
+            "known to transformers: is it llama",
+        ),
         (["--dry-run", "--world-size", "8", "--model.model", "/no/where"], "there is no /no/where/config.json"),
         (["--dry-run", "--world-size", "8", "--data.options.max_length", "1024"], "the model knows 512 positions"),
     ],
@@ -435,6 +460,90 @@ def test_mistakes_are_named(arguments, message, capsys):
     layers = [str(ROOT / "configs" / name) for name in ("pku.yaml", "fsdp2.yaml")]
     assert main(["align", *(word for layer in layers for word in ("-c", layer)), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "none.yaml"], "there is no configuration file none.yaml"),
+        (["-c", "pku.yaml", "--dry-run", "--world-size", "0"], "at least 1, got 0"),
+        (["-c", "pku.yaml", "--dry-run"], "belong together"),
+    ],
+)
+def test_what_the_command_line_alone_shows_is_said_before_anything_heavy_is_imported(
+    arguments, message, capsys, monkeypatch
+):
+    for module in (
+        "rsa_lightning.plan",
+        "rsa_lightning.pipeline",
+        "rsa_lightning.dryrun.command",
+        "transformers.utils",
+    ):
+        monkeypatch.setitem(sys.modules, module, None)  # an import raises
+    monkeypatch.chdir(ROOT / "configs")
+    assert main(["align", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("mamba", "mamba has no num_attention_heads"), ("jamba", "jamba has layers of other kinds")],
+)
+def test_models_with_state_spaces_are_refused_in_one_line(model_type, why, caplog):
+    with pytest.raises(ValueError, match=f"whose layers all attend, and the configuration of {why}$"):
+        dry_run({**SMALL, "model": {"config": {"model_type": model_type}}}, 2)
+    assert "Can't set" not in caplog.text
+
+
+def test_the_share_that_is_trained_is_a_percentage():
+    """An adapter of rank 1 on the queries: 2 x (64 + 64), of those and the 139,072 of two layers, embeddings and head."""
+    for lora, share in ((None, "100 %"), ({"rank": 1, "target_modules": ["q_proj"]}, "0.184 %")):
+        console = Console(record=True, width=120)
+        (step,) = dry_run({**SMALL, "lora": lora}, 1, console)
+        assert (step.found.trained, step.found.total) == ((256, 139_328) if lora else (139_072, 139_072))
+        [line] = [line for line in console.export_text().splitlines() if "of these trained" in line]
+        assert line.replace("│", " ").split()[-2:] == share.split()
+
+
+def told(config, world_size):
+    """What a dry run prints below its tables."""
+    console = Console(record=True, width=400)
+    dry_run(config, world_size, console)
+    return [line.strip() for line in console.export_text().splitlines() if line.startswith("- ")]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "refused"),
+    [
+        ({"devices": 2, "num_nodes": 4}, 4, "devices 2 x trainer.num_nodes 4 is not 4, the processes planned for"),
+        ({"devices": "auto", "num_nodes": 3}, 4, "devices auto x trainer.num_nodes 3 is not 4"),
+        ({"devices": 2, "num_nodes": 2}, 4, None),
+        ({"devices": 2}, 4, None),  # nodes are those that torchrun started
+        ({"devices": "auto"}, 4, None),
+    ],
+)
+def test_processes_that_the_trainer_would_refuse_are_told(layout, world_size, refused):
+    notes = [note for note in told({**SMALL, "trainer": layout}, world_size) if "num_nodes" in note]
+    assert [refused in note for note in notes] == ([] if refused is None else [True])
+
+
+@pytest.mark.parametrize(("rows", "refused"), [(17, True), (18, False)])
+def test_pairs_too_few_for_an_optimizer_step_are_told(rows, refused, tmp_path):
+    """Of 17 pairs 15 are trained on, of 18 pairs 16; a step takes 2 x 4 x 2."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("{}\n" * rows)
+    config = {**SMALL, "data": {**SMALL["data"], "safety": str(file)}, "trainer": {"accumulate_grad_batches": 2}}
+    notes = [note for note in told(config, 4) if "would be refused" in note]
+    assert len(notes) == refused
+    assert all("15 pairs are fewer than one optimizer step takes, 16 (batch_size 2 x 4 processes" in n for n in notes)
+
+
+def test_a_file_that_is_not_there_is_told():
+    notes = told({**SMALL, "data": {**SMALL["data"], "safety": "/no/where.jsonl"}}, 1)
+    assert notes == [
+        "- data.safety: there is no /no/where.jsonl here, so its rows are not counted; training would refuse it"
+    ]
+    assert told({**SMALL, "data": {**SMALL["data"], "safety": "owner/of-the-hub"}}, 1) == []
 
 
 def test_nothing_is_written(tmp_path, monkeypatch):

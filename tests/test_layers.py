@@ -87,10 +87,11 @@ ROOMS = {
         "data.tokenize",
         "numpy torch lightning transformers",
     ),
+    "architecture": ("parsing", "transformers huggingface_hub"),
     "adapters": ("parsing", "torch transformers safetensors peft"),
     "packing": ("data.batch parsing", "torch transformers jaxtyping"),
     "models": (
-        "kernels adapters data.batch packing parsing",
+        "kernels adapters architecture data.batch packing parsing",
         "torch transformers safetensors jaxtyping",
     ),
     "weights": ("", ""),
@@ -219,10 +220,10 @@ ROOMS = {
     ),
     "dryrun.footprint": ("dryrun.fake_step dryrun.meter models policy_stage parallel.strategy", "torch lightning"),
     "dryrun.planned": (
-        "data.tokenize dryrun.fake_step fit dryrun.footprint hub lineage models parsing plan policy_stage steps parallel.strategy",
+        "architecture data.tokenize dryrun.fake_step fit dryrun.footprint hub lineage models parsing plan policy_stage steps parallel.strategy",
         "lightning transformers",
     ),
-    "dryrun.command": ("lineage dryrun.meter plan dryrun.planned steps", "rich pyarrow"),
+    "dryrun.command": ("hub lineage dryrun.meter plan dryrun.planned steps", "rich pyarrow"),
     "card": ("evaluation.wording", ""),
     "export": (
         "adapters callbacks card checkpoint config data.datamodule data.tokenize fit hub manifest models policy_stage "

@@ -240,8 +240,8 @@ def test_a_policy_needs_a_model_or_a_configuration(tiny_llama):
 def test_configuration_fields_are_checked(tiny_tokenizer):
     with pytest.raises(ValueError, match="fields that llama does not know: hiden_size"):
         load_policy(PolicySpec(config={"model_type": "llama", "hiden_size": 32}), tiny_tokenizer)
-    with pytest.raises(ValueError, match="model_type 'lama' is not known to transformers"):
-        load_policy(PolicySpec(config={"model_type": "lama"}), tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"model_type 'llamma' is not known to transformers: is it llama( or \w+)*\?$"):
+        load_policy(PolicySpec(config={"model_type": "llamma"}), tiny_tokenizer)
 
 
 def test_generation_settings_name_the_end_token(tiny_tokenizer, tmp_path):
@@ -289,7 +289,11 @@ def test_weights_that_no_layer_takes_are_announced(tiny_llama, tmp_path, caplog)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 30, "num_attention_heads": 4}, "policy.config: no causal llama can be made of it"),
+        (
+            {"hidden_size": 30, "num_attention_heads": 4},
+            r"policy.config: no causal llama can be made of it .*hidden size \(30\) is not a multiple of .* heads \(4\)",
+        ),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: a model has at least 1 layer"),
         ({"model_type": "t5"}, "policy.config: no causal t5 can be made of it"),
     ],
 )
@@ -297,6 +301,17 @@ def test_impossible_configurations_are_one_sentence(change, message, tiny_tokeni
     config = {"model_type": "llama"} | ({} if "model_type" in change else FAMILIES["llama"]) | change
     with pytest.raises(ValueError, match=message) as caught:
         load_policy(PolicySpec(config=config), tiny_tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_whose_configuration_is_impossible_is_one_sentence(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 3}))
+    with pytest.raises(
+        ValueError, match=r"no causal language model can be read from .*attention heads \(3\)"
+    ) as caught:
+        load_policy(PolicySpec(model=str(tmp_path / "model")))
     assert "\n" not in str(caught.value)
 
 

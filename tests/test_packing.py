@@ -349,9 +349,11 @@ def test_layouts_score_the_same_tokens_after_the_same_tokens(sizes, mismatched):
     assert packed["input_ids"].shape == (1, padded["attention_mask"].sum())
 
 
-def test_padding_on_the_left_of_nothing_is_an_error(pairs_file):
+def test_settings_of_padding_where_there_is_none_are_errors(pairs_file):
     with pytest.raises(ValueError, match="no padding to be on the left: drop padding_side, or padding_free"):
         PreferenceData(str(pairs_file), padding_free=True, padding_side="left")
+    with pytest.raises(ValueError, match="no padding for length_bucketing to save.*: drop length_bucketing, or"):
+        PreferenceData(str(pairs_file), padding_free=True, length_bucketing=True)
 
 
 @pytest.fixture(scope="module")

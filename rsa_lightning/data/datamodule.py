@@ -61,7 +61,7 @@ class PreferenceData(L.LightningDataModule):
         padding_free: rows are not filled but put one after the other into one line, and attend within themselves; it
             changes no result. Architectures that cannot do this are refused.
         length_bucketing: make the pairs of an optimizer step similar in length: less padding, but no longer a random
-            sample of the data. Of no use with padding_free.
+            sample of the data. Refused with padding_free, where it would save nothing.
         num_workers: processes that prepare batches.
         seed: of the split and of the order of the training pairs.
         limit: read at most this many rows of each path.
@@ -117,6 +117,11 @@ class PreferenceData(L.LightningDataModule):
         if padding_free and padding_side != "right":
             raise ValueError(
                 f"padding_free batches have no padding to be on the {padding_side}: drop padding_side, or padding_free"
+            )
+        if padding_free and length_bucketing:
+            raise ValueError(
+                "padding_free batches have no padding for length_bucketing to save, and the steps that it makes are no "
+                "random samples: drop length_bucketing, or padding_free"
             )
         prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.lengths = Lengths(max_length, prompt_length, eos_when_truncated)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rsa_lightning.dryrun.meter import KINDS, Call, Kind
 from rsa_lightning.dryrun.planned import Planned, Planner, sent_by_formula, step_flops, step_tokens
+from rsa_lightning.hub import is_hub_name
 from rsa_lightning.lineage import Lineage
 from rsa_lightning.plan import AlignConfig, StepConfig, read_config
 from rsa_lightning.steps import CRITERIA, is_late, sources_of
@@ -51,9 +52,10 @@ def dry_run(config: Mapping[str, Any], world_size: int, console: Console | None 
     console, read = console or Console(), read_config(config)
     planner = Planner(read, world_size)
     found = [planner.plan(name, step) for name, step in read.steps.items() if step.trains]
-    for table in (_memory(found), _communication(found), _schedule(found, read, Lineage(read))):
+    counted = [_pairs(read.steps[step.name], read) for step in found]
+    for table in (_memory(found), _communication(found), _schedule(found, counted, Lineage(read))):
         console.print(table)
-    for note in dict.fromkeys([*planner.notes, *_notes(found)]):
+    for note in dict.fromkeys([*planner.notes, *_notes(found), *_data_notes(found, counted, read)]):
         console.print(f"- {note}", soft_wrap=True)
     return found
 
@@ -96,7 +98,7 @@ def _memory(found: Sequence[Planned]) -> Table:
             "on the host", *(_gib(size) if host else "–" for size, host in zip(hosts, offloaded, strict=True))
         )
     table.add_row("parameters, billions", *(f"{step.found.total / 1e9:.3g}" for step in found))
-    table.add_row("of these trained", *(f"{step.found.trained / step.found.total:.3g}" for step in found))
+    table.add_row("of these trained", *(f"{100 * step.found.trained / step.found.total:.3g} %" for step in found))
     table.add_row("head keeps, rows at a time", *(_head(step) for step in found))
     return table
 
@@ -129,7 +131,7 @@ def _by_kind(calls: Mapping[Call, float]) -> dict[tuple[str, str, int], float]:
     return found
 
 
-def _schedule(found: Sequence[Planned], config: AlignConfig, lineage: Lineage) -> Table:
+def _schedule(found: Sequence[Planned], counted: Sequence[int | None], lineage: Lineage) -> Table:
     table = _table("schedule", found)
     table.add_row("starts from", *(lineage.start(step.name) for step in found))
     near = [
@@ -142,7 +144,6 @@ def _schedule(found: Sequence[Planned], config: AlignConfig, lineage: Lineage) -
     table.add_row("tokens per optimizer step", *(f"{step_tokens(step):,}" for step in found))
     table.add_row("PFLOP per optimizer step", *(f"{step_flops(step) * step.world_size / 1e15:.3g}" for step in found))
     table.add_row("TFLOP per GPU", *(f"{step_flops(step) / 1e12:.4g}" for step in found))
-    counted = [_pairs(config.steps[step.name], config) for step in found]
     table.add_row("pairs, at most", *("not known" if count is None else str(count) for count in counted))
     steps = [_optimizer_steps(step, count) for step, count in zip(found, counted, strict=True)]
     table.add_row("optimizer steps, at most", *("not known" if count is None else str(count) for count in steps))
@@ -171,6 +172,21 @@ def _notes(found: Sequence[Planned]) -> list[str]:
     return notes
 
 
+def _data_notes(found: Sequence[Planned], counted: Sequence[int | None], config: AlignConfig) -> list[str]:
+    notes = []
+    for step, pairs in zip(found, counted, strict=True):
+        for key, file in _files(config.steps[step.name], config).items():
+            if not Path(file).exists() and not is_hub_name(file):
+                notes.append(f"{key}: there is no {file} here, so its rows are not counted; training would refuse it")
+        if pairs is not None and pairs < step.pairs:
+            notes.append(
+                f"[bold]steps.{step.name}: training would be refused[/]: {pairs} pairs are fewer than one optimizer "
+                f"step takes, {step.pairs} (batch_size {step.work.pairs} x {step.world_size} processes x "
+                f"accumulate_grad_batches {step.work.accumulate}); lower one of these, or give more data"
+            )
+    return notes
+
+
 # ---- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -195,8 +211,6 @@ def _warm_up(step: Planned, steps: int | None) -> str:
 def _pairs(step: StepConfig, config: AlignConfig) -> int | None:
     """Training rows of a step before any is dropped, by the rows of its files; None where that is not known."""
     data = config.data
-    if is_late(step, config):
-        return None
     try:
         names, options = sources_of(step, data)
     except ValueError:
@@ -204,14 +218,26 @@ def _pairs(step: StepConfig, config: AlignConfig) -> int | None:
     if data.stories is not None:
         counts: list[int | None] = [getattr(data.stories, n if n == "demonstrations" else "pairs") for n in names]
     else:
-        files = [data.path if data.path and name in CRITERIA else getattr(data, name) for name in names]
-        counts = [count_rows(file) for file in files]
+        counts = [count_rows(file) for file in _files(step, config).values()]
     options = {**data.options, **options}
     if any(count is None for count in counts):
         return None
     limits = [min(count, options.get("limit") or count) for count in counts if count is not None]
     share = 0.0 if options.get("validation_path") else options.get("validation_fraction", 0.1)
     return int(sum(limits) * (1 - share))
+
+
+def _files(step: StepConfig, config: AlignConfig) -> dict[str, str]:
+    """The files of a step by their keys; none where its data is generated, not given, or made by an earlier step."""
+    data = config.data
+    if data.stories is not None or is_late(step, config):
+        return {}
+    try:
+        names, _ = sources_of(step, data)
+    except ValueError:
+        return {}
+    keys = ["path" if data.path and name in CRITERIA else name for name in names]
+    return {f"data.{key}": getattr(data, key) for key in keys}
 
 
 def count_rows(path: str | None) -> int | None:

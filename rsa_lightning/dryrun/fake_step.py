@@ -164,6 +164,9 @@ class _Step:
         """What the first step leaves behind: optimizer states, gradients, and whatever the reference keeps gathered."""
         with self.precision.forward_context():
             self._states()
+        for module in self.policy.modules():  # a reference that is the policy gathers it, and backward shards it again
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for parameter in self.trained:
             parameter.grad = torch.empty_like(parameter)
         self._update()

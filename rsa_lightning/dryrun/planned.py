@@ -1,6 +1,7 @@
 """The steps of a run as they would be trained on many GPUs, planned on this machine: of models config.json is read."""
 
 from argparse import ArgumentError
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig
 
+from rsa_lightning.architecture import UNREADABLE, fresh_config
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.dryrun.fake_step import Footprint, Work
 from rsa_lightning.dryrun.footprint import footprint
@@ -24,6 +26,7 @@ from rsa_lightning.steps import fit_config
 
 # arguments of the Trainer that are about machines or folders
 ELSEWHERE = ("accelerator", "devices", "num_nodes", "logger", "callbacks", "profiler", "plugins", "enable_progress_bar")
+ATTENDING = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # what says how large a model is
 VOCABULARY = 2048  # of a tokenizer that a run trains, unless data.options.tokenizer_vocab_size says otherwise
 # matrix products of the head, forward and backward, by strategy: without a reference, without a risk, with one
 PRODUCTS = {"cache": (3, 4, 4), "recompute": (4, 5, 6), "frozen": (2, 3, 4)}
@@ -98,9 +101,29 @@ class Planner:
             folder=Path(self.config.output) / name,
             progress_bar=False,
         )
+        self._check_layout(name, values["trainer"])
         here = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
         given = {key: value for key, value in values["trainer"].items() if key not in ELSEWHERE}
         return FitCLI({**values, "trainer": {**given, **here, "enable_progress_bar": False}})
+
+    def _check_layout(self, name: str, trainer: Mapping[str, Any]) -> None:
+        """Whether training on this many processes would take `trainer.devices` and `num_nodes`.
+
+        Raises:
+            ValueError: on no number of nodes it would. A number of nodes that is another is a note: N may be a try.
+        """
+        each, nodes = _devices(trainer.get("devices")), int(trainer.get("num_nodes") or 1)
+        mend = "leave trainer.devices and num_nodes out: torchrun or SLURM says them"
+        if self.world_size % (each or 1):
+            raise ValueError(
+                f"trainer.devices {each} does not divide the {self.world_size} processes of --world-size: {mend}"
+            )
+        if nodes > 1 and self.world_size != nodes * (each or self.world_size // nodes):
+            asked = f"{each} x trainer.num_nodes {nodes}" if each else f"auto x trainer.num_nodes {nodes}"
+            self.notes.append(
+                f"steps.{name}: trainer.devices {asked} is not {self.world_size}, the processes planned for: training "
+                f"on {self.world_size} would be refused; {mend}"
+            )
 
     def _measure(self, name: str, cli: FitCLI) -> Planned:
         stage, trainer, data = cli.model, cli.trainer, cli.datamodule
@@ -144,7 +167,14 @@ class Planner:
         """All fields of the configuration of a model that transformers has a class for."""
         fresh = {"vocab_size": self._vocabulary(), **(origin.config or {})}
         fields = fresh if origin.model is None else _read(origin)
-        made = AutoConfig.for_model(**fields)
+        made = fresh_config(fields)
+        lacking = [name for name in ATTENDING if not isinstance(getattr(made, name, None), int)]
+        # types that follow from other fields cannot be cut to fewer layers; they mix attention with state spaces
+        if lacking or isinstance(getattr(type(made), "layer_types", None), property):
+            why = f"has no {', '.join(lacking)}" if lacking else "has layers of other kinds"
+            raise ValueError(
+                f"a dry run knows models whose layers all attend, and the configuration of {made.model_type} {why}"
+            )
         fields["num_hidden_layers"] = made.num_hidden_layers
         if getattr(made, "layer_types", None):
             fields["layer_types"] = list(made.layer_types)
@@ -155,6 +185,15 @@ class Planner:
         if tokenizer is not None and Path(tokenizer).is_dir():
             return len(load_tokenizer(tokenizer))
         return int(self.config.data.options.get("tokenizer_vocab_size", VOCABULARY))
+
+
+def _devices(given: Any) -> int | None:
+    """How many devices of a node `trainer.devices` asks for; None for as many as there are."""
+    if isinstance(given, list):
+        return len(given)
+    if isinstance(given, str) and "," in given:
+        return len([index for index in given.split(",") if index.strip()])
+    return None if given in (None, "auto", -1, "-1") else int(given)
 
 
 def _read(origin: PolicySpec) -> dict[str, Any]:
@@ -168,7 +207,7 @@ def _read(origin: PolicySpec) -> dict[str, Any]:
     try:
         fields = AutoConfig.from_pretrained(source, revision=origin.revision).to_dict()
         known = AutoConfig.for_model(fields["model_type"])
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{source}: no architecture that transformers has a class for ({first_line(error)[:200]}); a dry run runs "
             "no code of a model's own"
