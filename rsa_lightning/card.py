@@ -11,6 +11,7 @@ from typing import Any
 from rsa_lightning.evaluation.wording import FURTHER_LABELS, LABELS
 
 NOT_RECORDED = "not recorded"
+TAG = "rsa_lightning"
 UPPER = "unsafe_upper"
 HELD_OUT = {"reward_accuracy": "implicit-reward accuracy", "logp_accuracy": "log-probability accuracy", "kl": "KL"}
 LINEAGE = ("step", "kind", "starts from", "stays near", "loss", "risk", "temperature", "trained", "optimizer steps")
@@ -82,6 +83,12 @@ def checkpoint_card(facts: Mapping[str, Any], *, adapter: bool = False, base: st
     return "\n\n".join(parts) + "\n"
 
 
+def is_ours(text: str) -> bool:
+    """Whether a card was written here: the tag in its front matter says so."""
+    front = text.split("---\n")[1] if text.startswith("---\n") else ""
+    return f"- {TAG}" in front.splitlines()
+
+
 def number(value: float) -> str:
     """Four significant digits; whole numbers whole."""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
@@ -92,7 +99,7 @@ def number(value: float) -> str:
 
 def _front(kind: str, adapter: bool, base: str | None, datasets: Iterable[str]) -> str:
     """The YAML that the hub reads; strings are written as JSON, which is YAML."""
-    tags = ["rsa_lightning", "preference-alignment", *([kind] if kind else []), *(["lora"] if adapter else [])]
+    tags = [TAG, "preference-alignment", *([kind] if kind else []), *(["lora"] if adapter else [])]
     lines = [f"library_name: {'peft' if adapter else 'transformers'}"]
     lines += [f"base_model: {json.dumps(base)}"] if base else []
     lines += ["tags:", *(f"- {tag}" for tag in tags)]

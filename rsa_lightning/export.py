@@ -15,14 +15,14 @@ from torch import Tensor
 
 from rsa_lightning.adapters import CONFIG
 from rsa_lightning.callbacks import base_of
-from rsa_lightning.card import checkpoint_card, step_card
+from rsa_lightning.card import checkpoint_card, is_ours, step_card
 from rsa_lightning.checkpoint import check_replaceable, folder_hashes, replaced_whole, write_text
 from rsa_lightning.config import load_layers, overrides
 from rsa_lightning.data.datamodule import tokenizer_of
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.fit import FitCLI
 from rsa_lightning.hub import is_hub_name
-from rsa_lightning.manifest import Manifest
+from rsa_lightning.manifest import Manifest, run_around
 from rsa_lightning.models import PolicySpec, load_policy
 from rsa_lightning.parallel import shards
 from rsa_lightning.policy_stage import PolicyStage
@@ -190,11 +190,20 @@ def _facts(stage: PolicyStage, rest: Mapping[str, Any], config: Mapping[str, Any
 
 
 def _check_output(output: Path, adapter: bool, source: Path) -> None:
-    """Raises ValueError where writing to `output` would destroy what is exported, or something that is no model."""
+    """Raises ValueError where writing to `output` would destroy anything but an earlier export."""
     place, origin = output.resolve(), source.resolve()
     if place == origin or place in origin.parents or origin in place.parents:
         raise ValueError(f"--output {output} is {source}, or in it, or around it: choose another")
+    if (around := run_around(place)) is not None:
+        raise ValueError(f"--output {output} lies in the run {around}, whose files are its own: choose another")
     check_replaceable(output, *((CONFIG, "adapter") if adapter else ()))
+    if not output.exists() or not any(output.iterdir()):
+        return
+    card = output / CARD
+    if not card.is_file() or not is_ours(card.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(
+            f"--output {output} holds a model that rsa export did not write (no {CARD} of ours in it): choose another"
+        )
 
 
 # ------------------------------------------------------------------ the command

@@ -81,6 +81,19 @@ class Manifest:
         return entries
 
 
+def run_around(place: Path) -> Path | None:
+    """The run directory that a path is, or lies in however deep; None where there is none."""
+    return next((folder for folder in (place.resolve(), *place.resolve().parents) if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        entries = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(entries, dict) and "format" in entries  # others have a file of this name, too
+
+
 def _hashes(product: Path) -> dict[str, str]:
     """File name -> hash, of a folder or of one file; empty where there is nothing."""
     return {product.name: file_hash(product)} if product.is_file() else folder_hashes(product)

@@ -1,0 +1,74 @@
+"""`rsa export` destroys nothing that is not its own, and what it refuses it names with the mend."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_export import RUN, export, refused
+from transformers import AutoModelForCausalLM
+
+from rsa_lightning.checkpoint import folder_hashes
+from rsa_lightning.pipeline import align
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    steps = {name: RUN["steps"][name] for name in ("warmup", "reward", "safety")}
+    align({**RUN, "steps": steps, "output": str(folder)}, Console(file=io.StringIO()))
+    return folder
+
+
+def checkpoint_of(run: Path, step: str) -> Path:
+    (checkpoint,) = (run / step / "checkpoints").iterdir()
+    return checkpoint
+
+
+# ---------------------------------------------------------------------- what stands at the output
+
+
+def test_a_folder_with_anything_but_an_export_is_left_as_it_is(run, tmp_path, capsys):
+    arguments = ("--run", run, "--step", "safety", "--output")
+    mine = tmp_path / "mine"
+    (mine / "src").mkdir(parents=True)
+    for name in ("config.json", "optimizer.pt", "src/code.py"):
+        (mine / name).write_text("{}")
+    downloaded = shutil.copytree(run / "reward/model", tmp_path / "downloaded")
+    before = folder_hashes(tmp_path)
+    told = refused(capsys, *arguments, mine)
+    assert "mine holds more than a model (optimizer.pt, src), which would be lost" in told
+    assert "holds a model that rsa export did not write" in refused(capsys, *arguments, downloaded)
+    assert folder_hashes(tmp_path) == before
+    export(*arguments, tmp_path / "model")
+    export("--run", run, "--step", "warmup", "--output", tmp_path / "model")  # an earlier export may go
+    (tmp_path / "model/notes.txt").write_text("mine")
+    assert "holds more than a model (notes.txt)" in refused(capsys, *arguments, tmp_path / "model")
+
+
+def test_no_run_is_written_into(run, tmp_path, capsys):
+    other, before = shutil.copytree(run, tmp_path / "other"), folder_hashes(run)
+    checkpoint, config = checkpoint_of(run, "warmup"), run / "warmup/config.yaml"
+    for place in (run / "reward/model", run / "exported", other / "reward/model", other):
+        for arguments in (("--run", run, "--step", "warmup"), ("--checkpoint", checkpoint, "-c", config)):
+            assert "whose files are its own" in refused(capsys, *arguments, "--output", place)
+    assert folder_hashes(run) == folder_hashes(other) == before
+    # a run is not every folder that holds a file of this name
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page/manifest.json").write_text(json.dumps({"name": "a web page"}))
+    export("--run", run, "--step", "warmup", "--output", tmp_path / "page/model")
+
+
+def test_what_stands_beside_the_output_stays(run, tmp_path):
+    for name in ("model", "model.old", "model.partial"):
+        export("--run", run, "--step", "warmup", "--output", tmp_path / name)
+    before = folder_hashes(tmp_path)
+    export("--run", run, "--step", "warmup", "--output", tmp_path / "model")
+    assert folder_hashes(tmp_path) == before
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    export("--run", run, "--step", "safety", "--output", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()  # what it points to was replaced
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old", "model.partial", "link"}
