@@ -71,11 +71,11 @@ def checkpoint_card(facts: Mapping[str, Any], *, adapter: bool = False, base: st
         adapter: of the adapter alone.
         base: name of the base model on the hub, where it is from there.
     """
-    kind = str(facts.get("stage", "")).removesuffix("Alignment").lower()
+    stage = facts.get("stage") or ""
     missing = "Rewards, costs, unsafe rate, KL and accuracies: no figure is known, a checkpoint holds none."
     parts = [
-        _front(kind, adapter, base, ()),
-        f"# {facts.get('stage', 'policy')}\n\nMade of a checkpoint of `rsa fit`, without the records of a run.",
+        _front(stage.removesuffix("Alignment").lower(), adapter, base, ()),
+        f"# {stage or 'policy'}\n\nMade of a checkpoint of `rsa fit`, without the records of a run.",
         "## What is known\n\n" + _table(("", ""), [(name, _text(value)) for name, value in facts.items()]),
         "## Intended use and limits\n\n" + USE,
         "## Not measured\n\n" + _bullets([missing, *NEVER]),

@@ -23,14 +23,15 @@ from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.fit import FitCLI
 from rsa_lightning.hub import is_hub_name
 from rsa_lightning.manifest import Manifest, run_around
-from rsa_lightning.models import PolicySpec, load_policy
+from rsa_lightning.models import load_policy
 from rsa_lightning.parallel import shards
-from rsa_lightning.policy_stage import PolicyStage
+from rsa_lightning.policy_stage import TRAINED_AS, PolicyStage
 from rsa_lightning.saving import save_adapter, save_policy
 
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
+PLACES = ("starts from", "frozen adapters below")  # of what a checkpoint says: where it lay when it was trained
 # a policy is read in this process, wherever it was trained
 HERE = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "logger": False, "enable_checkpointing": False}
 
@@ -125,8 +126,9 @@ def export_checkpoint(checkpoint: Path, config: Mapping[str, Any], output: Path,
     stage.read_data(data)
     fill_policy(stage, checkpoint, rest, data.tokenizer)
     policy, spec = stage.policy, stage.policy_spec
-    base = spec.model if spec.model and is_hub_name(spec.model) else None
-    text = checkpoint_card(_facts(stage, rest, wanted), adapter=adapter, base=base)
+    started = (rest.get(TRAINED_AS) or {}).get("starts from")
+    base = spec.model if spec.model and spec.model == started and is_hub_name(spec.model) else None
+    text = checkpoint_card(_facts(rest, wanted), adapter=adapter, base=base)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(output) as partial:
         if adapter:
@@ -145,8 +147,9 @@ def fill_policy(stage: PolicyStage, checkpoint: Path, rest: Mapping[str, Any], t
         rest: `shards.read_rest` of it.
 
     Raises:
-        ValueError: as `shards.check_fit`, or what the stage itself has against the checkpoint.
+        ValueError: as `shards.check_fit`, other training, or what the stage itself has against the checkpoint.
     """
+    _check_training(stage, checkpoint, rest)
     stage.policy = load_policy(stage.policy_spec, tokenizer)
     found, trained = shards.stored_weights(checkpoint, rest), stage.policy_spec.lora is not None
     if not trained:
@@ -166,18 +169,35 @@ def fill_policy(stage: PolicyStage, checkpoint: Path, rest: Mapping[str, Any], t
             value.copy_(rest[shards.WEIGHTS][name])
 
 
-def _facts(stage: PolicyStage, rest: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint and its configuration say of the model."""
-    spec: PolicySpec = stage.policy_spec
-    data, loss = rest.get("PreferenceData") or {}, getattr(stage, "loss", None)
-    start = f"`{spec.model}`" if spec.model else f"a fresh {(spec.config or {}).get('model_type')}, seed {spec.seed}"
+def _check_training(stage: PolicyStage, checkpoint: Path, rest: Mapping[str, Any]) -> None:
+    """Raises ValueError where a checkpoint is of another stage, loss, risk, temperature or adapter.
+
+    Where its start lies may differ: it was trained elsewhere, perhaps.
+    """
+    then, now = rest.get(TRAINED_AS), stage.trained_as()
+    if then is None:
+        log.warning("%s does not say how it was trained (an earlier version wrote it), nor will the card", checkpoint)
+        return
+    keys = [key for key in (*then, *(key for key in now if key not in then)) if key not in PLACES]
+    other = [f"{key} {then.get(key)}, here {now.get(key)}" for key in keys if then.get(key) != now.get(key)]
+    if other:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is of another configuration ({'; '.join(other)}): give -c the config.yaml it "
+            "was trained with"
+        )
+
+
+def _facts(rest: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself; the seed is that of the configuration."""
+    then, data = rest.get(TRAINED_AS) or {}, rest.get("PreferenceData") or {}
+    lora = then.get("lora")
+    trained = "all weights" if lora is None else f"LoRA of rank {lora['rank']}"
     return {
-        "stage": type(stage).__name__,
-        "starts from": start,
-        "frozen adapters below": ", ".join(spec.adapters) or "none",
-        "trained": "all weights" if spec.lora is None else f"LoRA of rank {spec.lora.rank}",
-        "loss": None if loss is None else repr(loss),
-        "risk": repr(stage.risk) if hasattr(stage, "risk") else None,
+        "stage": then.get("stage"),
+        "starts from": then.get("starts from"),
+        "frozen adapters below": ", ".join(then["frozen adapters below"]) or "none" if then else None,
+        "trained": trained if then else None,
+        **{key: then.get(key) for key in ("loss", "risk", "temperature")},
         "optimizer steps": rest["global_step"],
         "epochs before this one": rest.get("epoch"),
         "seed": config.get("seed_everything"),

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from test_export import RUN, export, refused
 from transformers import AutoModelForCausalLM
@@ -72,3 +73,41 @@ def test_what_stands_beside_the_output_stays(run, tmp_path):
     assert (tmp_path / "link").is_symlink()  # what it points to was replaced
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old", "model.partial", "link"}
+
+
+# ---------------------------------------------------------------------- what a checkpoint says of itself
+
+
+def test_a_checkpoint_is_not_exported_as_what_another_configuration_says(run, tmp_path, capsys):
+    """The three stages have weights of the same shapes; the losses of two differ in their temperature alone."""
+    output = ("--output", tmp_path / "model")
+    warmup, reward = (checkpoint_of(run, step) for step in ("warmup", "reward"))
+    told = refused(capsys, "--checkpoint", reward, "-c", run / "warmup/config.yaml", *output)
+    assert "is of another configuration (stage RewardAlignment, here SupervisedWarmup; loss DPO(" in told
+    told = refused(capsys, "--checkpoint", warmup, "-c", run / "reward/config.yaml", *output)
+    assert "(stage SupervisedWarmup, here RewardAlignment; loss None, here DPO(" in told
+    told = refused(
+        capsys, "--checkpoint", reward, "-c", run / "reward/config.yaml", *output, "--model.init_args.beta", 0.2
+    )
+    assert "temperature 0.1, here 0.2)" in told
+    lora = ("-c", run / "safety/config.yaml", *output, "--model.init_args.policy.lora.alpha", 64)
+    told = refused(capsys, "--checkpoint", checkpoint_of(run, "safety"), *lora)  # no weight has another shape
+    assert "(lora {'rank': 2, 'alpha': None" in told
+    assert "give -c the config.yaml it was trained with" in told
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_card_of_a_checkpoint_has_what_the_checkpoint_says(run, tmp_path):
+    config = run / "safety/config.yaml"
+    export("--checkpoint", checkpoint_of(run, "safety"), "-c", config, "--output", tmp_path / "new")
+    text = (tmp_path / "new/README.md").read_text()
+    assert "# SafetyAlignment" in text
+    assert "| trained | LoRA of rank 2 |" in text
+    assert "| temperature | 0.025 |" in text  # beta 0.1 over lam 4
+    state = torch.load(checkpoint_of(run, "reward"), weights_only=True)
+    del state["trained_as"]  # as an earlier version wrote it
+    torch.save(state, tmp_path / "old.ckpt")
+    export("--checkpoint", tmp_path / "old.ckpt", "-c", run / "reward/config.yaml", "--output", tmp_path / "old")
+    text = (tmp_path / "old/README.md").read_text()
+    for key in ("stage", "starts from", "trained", "loss", "risk", "temperature"):
+        assert f"| {key} | not recorded |" in text
