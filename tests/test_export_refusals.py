@@ -111,3 +111,22 @@ def test_the_card_of_a_checkpoint_has_what_the_checkpoint_says(run, tmp_path):
     text = (tmp_path / "old/README.md").read_text()
     for key in ("stage", "starts from", "trained", "loss", "risk", "temperature"):
         assert f"| {key} | not recorded |" in text
+
+
+def test_a_part_of_a_checkpoint_or_the_folder_around_it_leads_to_the_whole(run, tmp_path, capsys):
+    rest = ("-c", run / "warmup/config.yaml", "--output", tmp_path / "model")
+    checkpoint = checkpoint_of(run, "warmup")
+    told = refused(capsys, "--checkpoint", checkpoint.parent, *rest)
+    assert f"Give one of those in it: {checkpoint.name}" in told
+    shards = tmp_path / "checkpoints/step=1.ckpt"
+    shards.mkdir(parents=True)
+    (shards / "__0_0.distcp").write_bytes(b"weights")
+    state = torch.load(checkpoint, weights_only=True)
+    del state["state_dict"]
+    torch.save(state, shards / "meta.pt")
+    torch.save(state, tmp_path / "cut.ckpt")
+    for part in shards.iterdir():
+        told = refused(capsys, "--checkpoint", part, *rest)
+        assert f"{part} is a part of a checkpoint in shards: give its folder, {shards}" in told
+    assert "Give one of those in it: step=1.ckpt" in refused(capsys, "--checkpoint", shards.parent, *rest)
+    assert "it has no state_dict" in refused(capsys, "--checkpoint", tmp_path / "cut.ckpt", *rest)
