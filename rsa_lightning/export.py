@@ -22,7 +22,7 @@ from rsa_lightning.data.datamodule import tokenizer_of
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.fit import FitCLI
 from rsa_lightning.hub import is_hub_name
-from rsa_lightning.manifest import Manifest, run_around
+from rsa_lightning.manifest import Manifest, recorded, run_around
 from rsa_lightning.models import load_policy
 from rsa_lightning.parallel import shards
 from rsa_lightning.policy_stage import TRAINED_AS, PolicyStage
@@ -47,12 +47,14 @@ def export_step(run: Path, name: str, output: Path, *, adapter: bool = False) ->
     """
     if not run.is_dir():
         raise ValueError(f"--run: there is no folder {run}")
-    manifest = Manifest(run)
+    manifest = recorded(run)
     entry, product = _finished(manifest, name), "adapter" if adapter else "model"
     source = run / name / product
-    if not source.is_dir():
+    if not entry.get(product):
         why = "trained no adapter: drop --adapter" if adapter else f"is of kind {entry['kind']}, which makes no model"
         raise ValueError(f"--step {name}: the step {why}")
+    if not source.is_dir():
+        raise ValueError(f"--step {name}: the {product} that the step wrote is gone from {source}: run rsa align again")
     if folder_hashes(source) != entry[product]:
         raise ValueError(f"--step {name}: the files in {source} are not those that the step wrote: run rsa align again")
     _check_output(output, adapter, source)
@@ -73,8 +75,6 @@ def _finished(manifest: Manifest, name: str) -> dict[str, Any]:
     steps = manifest.section("steps")
     if name in steps:
         return dict(steps[name])
-    if not manifest.entries:
-        raise ValueError(f"--run: {manifest.folder} is no run of rsa align: it has no manifest.json")
     asked = (manifest.section("config").get("steps") or {}).get(name)
     known = f"finished are: {', '.join(steps) or 'none'}"
     if asked is not None:
@@ -117,6 +117,7 @@ def export_checkpoint(checkpoint: Path, config: Mapping[str, Any], output: Path,
     """
     _check_output(output, adapter, checkpoint)
     rest = shards.read_rest(checkpoint)
+    _check_config(config)
     wanted = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
     built = FitCLI({**wanted, "trainer": HERE})
     stage, data = built.model, built.datamodule
@@ -138,6 +139,14 @@ def export_checkpoint(checkpoint: Path, config: Mapping[str, Any], output: Path,
             save_policy(policy, data.tokenizer, partial)
         write_text(partial / CARD, text)
     log.info("%s: step %d of %s", output, rest["global_step"], checkpoint)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a configuration is of no single stage."""
+    if "steps" in config:
+        raise ValueError("-c is a file of rsa align: give the config.yaml of the step, RUN/STEP/config.yaml")
+    if not isinstance(model := config.get("model"), Mapping) or "class_path" not in model:
+        raise ValueError("-c names no stage (model.class_path): give the config.yaml beside the logs of the training")
 
 
 def fill_policy(stage: PolicyStage, checkpoint: Path, rest: Mapping[str, Any], tokenizer: Any) -> None:
@@ -247,10 +256,11 @@ def main(arguments: list[str]) -> None:
     if (given.run is None) == (given.checkpoint is None):
         raise ValueError("rsa export takes a step of a --run, or a --checkpoint: give one of the two")
     if given.run is not None:
-        if given.step is None or given.config or rest:
-            raise ValueError(
-                f"--run needs --step NAME, and takes no configuration (got {given.config or rest or None})"
-            )
+        if given.step is None:
+            known = ", ".join(recorded(given.run).section("steps")) if given.run.is_dir() else ""
+            raise ValueError(f"--run needs --step NAME; finished steps of {given.run}: {known or 'none'}")
+        if given.config or rest:
+            raise ValueError(f"--run takes no configuration, and no other keys: drop {given.config or rest}")
         export_step(given.run, given.step, given.output, adapter=given.adapter)
         return
     if not given.config or given.step is not None:

@@ -81,6 +81,23 @@ class Manifest:
         return entries
 
 
+def recorded(folder: Path) -> Manifest:
+    """The record of a run, to be read and no more. Raises ValueError where there is none, or none that can be read."""
+    path = folder / NAME
+    if not path.is_file():
+        inside = _is_run(folder.resolve().parent)
+        mend = f": it lies in one, --run {folder.parent}" if inside else f" (no {NAME} in it): give the output of one"
+        raise ValueError(f"--run {folder} is no run of rsa align{mend}")
+    try:
+        return Manifest(folder)
+    except ValueError as error:
+        known = ", ".join(sorted(found.parent.name for found in folder.glob("*/model")))
+        raise ValueError(
+            f"--run {folder}: its {NAME} cannot be read, so nothing says what its models are: restore it from a copy. "
+            f"The models themselves stand in the folders model of: {known or 'none'}"
+        ) from error
+
+
 def run_around(place: Path) -> Path | None:
     """The run directory that a path is, or lies in however deep; None where there is none."""
     return next((folder for folder in (place.resolve(), *place.resolve().parents) if _is_run(folder)), None)

@@ -249,11 +249,6 @@ def test_what_cannot_be_exported_is_said(shards_of_two, tmp_path, capsys):
     told = refused(capsys, "--checkpoint", damaged, "-c", config, "--output", tmp_path / "m")
     assert "__1_0.distcp" in told
     assert "it is damaged or not whole" in told
-    assert (
-        "is no run of rsa align"
-        in refused(capsys, "--run", tmp_path / "empty", "--step", "x", "--output", tmp_path / "m")
-        or True
-    )
 
 
 # ---------------------------------------------------------------------- steps of a run

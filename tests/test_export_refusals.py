@@ -130,3 +130,36 @@ def test_a_part_of_a_checkpoint_or_the_folder_around_it_leads_to_the_whole(run, 
         assert f"{part} is a part of a checkpoint in shards: give its folder, {shards}" in told
     assert "Give one of those in it: step=1.ckpt" in refused(capsys, "--checkpoint", shards.parent, *rest)
     assert "it has no state_dict" in refused(capsys, "--checkpoint", tmp_path / "cut.ckpt", *rest)
+
+
+# ---------------------------------------------------------------------- what was meant
+
+
+def test_each_refusal_names_the_option_that_is_wrong(run, tmp_path, capsys):
+    output = ("--output", tmp_path / "model")
+    told = refused(capsys, "--run", run / "safety", "--step", "safety", *output)
+    assert f"--run {run / 'safety'} is no run of rsa align: it lies in one, --run {run}" in told
+    told = refused(capsys, "--run", run, *output)
+    assert f"--run needs --step NAME; finished steps of {run}: warmup, reward, safety" in told
+    told = refused(capsys, "--run", run, "--step", "safety", *output, "-c", "x.yaml")
+    assert "--run takes no configuration, and no other keys: drop ['x.yaml']" in told
+    checkpoint = ("--checkpoint", checkpoint_of(run, "safety"), *output)
+    (tmp_path / "align.yaml").write_text(json.dumps(RUN))
+    told = refused(capsys, *checkpoint, "-c", tmp_path / "align.yaml")
+    assert "-c is a file of rsa align: give the config.yaml of the step, RUN/STEP/config.yaml" in told
+    (tmp_path / "half.yaml").write_text("data: {}")
+    assert "-c names no stage (model.class_path)" in refused(capsys, *checkpoint, "-c", tmp_path / "half.yaml")
+
+
+def test_what_was_taken_away_from_a_run_is_said_as_it_is(run, tmp_path, capsys):
+    copy, output = shutil.copytree(run, tmp_path / "copy"), ("--output", tmp_path / "model")
+    shutil.rmtree(copy / "safety/adapter")
+    told = refused(capsys, "--run", copy, "--step", "safety", *output, "--adapter")
+    assert f"the adapter that the step wrote is gone from {copy / 'safety/adapter'}: run rsa align again" in told
+    shutil.rmtree(copy / "reward/model")
+    assert "the model that the step wrote is gone" in refused(capsys, "--run", copy, "--step", "reward", *output)
+    (copy / "manifest.json").write_text((run / "manifest.json").read_text()[:100])
+    told = refused(capsys, "--run", copy, "--step", "safety", *output)
+    assert "its manifest.json cannot be read" in told
+    assert "stand in the folders model of: safety, warmup" in told
+    assert "remove" not in told
