@@ -6,6 +6,7 @@ number is computed here; figures are printed to four significant digits.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rsa_lightning.evaluation.wording import FURTHER_LABELS, LABELS
@@ -25,6 +26,12 @@ For research on preference alignment, and for comparison with other models of it
 answers to others in the pairs named above, no more: it may still give harmful, wrong or biased answers, above all on
 subjects that these pairs do not touch. "Unsafe" means a cost above 0 under the scorer named here, and scorers err, too.
 Measure it on your own prompts before anyone depends on it."""
+
+# of a checkpoint nobody has recorded the pairs by name, a scorer, or an evaluation
+USE_UNMEASURED = """\
+For research on preference alignment. It is a state of training, perhaps not the last, and no figure of it is known: it
+may give harmful, wrong or biased answers, above all on subjects that its training data does not touch. Measure it on
+your own prompts before anyone depends on it."""
 
 
 def step_card(
@@ -71,16 +78,22 @@ def checkpoint_card(facts: Mapping[str, Any], *, adapter: bool = False, base: st
         adapter: of the adapter alone.
         base: name of the base model on the hub, where it is from there.
     """
-    stage = facts.get("stage") or ""
+    stage, thing = facts.get("stage") or "", "The LoRA adapter" if adapter else "The model"
     missing = "Rewards, costs, unsafe rate, KL and accuracies: no figure is known, a checkpoint holds none."
     parts = [
         _front(stage.removesuffix("Alignment").lower(), adapter, base, ()),
-        f"# {stage or 'policy'}\n\nMade of a checkpoint of `rsa fit`, without the records of a run.",
+        f"# {stage or 'policy'}\n\n{thing} of a checkpoint of training by rsa_lightning, without the records of a run.",
         "## What is known\n\n" + _table(("", ""), [(name, _text(value)) for name, value in facts.items()]),
-        "## Intended use and limits\n\n" + USE,
-        "## Not measured\n\n" + _bullets([missing, *NEVER]),
+        "## Intended use and limits\n\n" + USE_UNMEASURED,
+        "## Not measured\n\n" + _bullets([missing, *NEVER[1:]]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def short(name: str) -> str:
+    """A local folder or file by its last two names, as the rest is of one machine alone; any other name as it is."""
+    path = PurePath(name)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else name
 
 
 def is_ours(text: str) -> bool:
@@ -133,8 +146,8 @@ def _lineage(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [
         name,
         entry["kind"],
-        entry.get("start") or "",
-        entry.get("reference") or "",
+        short(entry.get("start") or ""),
+        short(entry.get("reference") or ""),
         (_class(settings.get("loss")) + _labels(settings, entry)) if aligned else "",
         _class(settings.get("risk")) if aligned else "",
         number(entry["temperature"]) if aligned else "",
@@ -147,8 +160,12 @@ def _class(setting: Any) -> str:
     """A class with its arguments, as the configuration names it."""
     if not isinstance(setting, Mapping):
         return str(setting or "the stage's default").split(".")[-1]
-    arguments = ", ".join(f"{key}={value}" for key, value in (setting.get("init_args") or {}).items())
+    arguments = ", ".join(f"{key}={_plain(value)}" for key, value in (setting.get("init_args") or {}).items())
     return f"{str(setting.get('class_path', 'default')).split('.')[-1]}({arguments})"
+
+
+def _plain(value: Any) -> str:
+    return short(value) if isinstance(value, str) else str(value)
 
 
 def _labels(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
@@ -168,7 +185,7 @@ def _base(manifest: Mapping[str, Any], base: str | None) -> str:
     given = (manifest.get("config") or {}).get("model") or {}
     if base or given.get("model"):
         revision = f", revision {given['revision']}" if given.get("revision") else ""
-        return f"`{base or given['model']}`{revision}"
+        return f"`{short(base or given['model'])}`{revision}"
     if given.get("config"):
         return f"a fresh {given['config'].get('model_type')} made by the run, not pretrained"
     return NOT_RECORDED
@@ -252,7 +269,7 @@ def _versions(versions: Mapping[str, str]) -> str:
 def _text(value: Any) -> str:
     if value is None:
         return NOT_RECORDED
-    return _class(value) if isinstance(value, Mapping) else str(value)
+    return _class(value) if isinstance(value, Mapping) else _plain(value)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

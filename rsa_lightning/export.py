@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsa_lightning.adapters import CONFIG
 from rsa_lightning.callbacks import base_of
-from rsa_lightning.card import checkpoint_card, is_ours, step_card
+from rsa_lightning.card import checkpoint_card, is_ours, short, step_card
 from rsa_lightning.checkpoint import check_replaceable, folder_hashes, replaced_whole, write_text
 from rsa_lightning.config import load_layers, overrides
 from rsa_lightning.data.datamodule import tokenizer_of
@@ -204,7 +204,7 @@ def _facts(rest: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
     return {
         "stage": then.get("stage"),
         "starts from": then.get("starts from"),
-        "frozen adapters below": ", ".join(then["frozen adapters below"]) or "none" if then else None,
+        "frozen adapters below": ", ".join(map(short, then["frozen adapters below"])) or "none" if then else None,
         "trained": trained if then else None,
         **{key: then.get(key) for key in ("loss", "risk", "temperature")},
         "optimizer steps": rest["global_step"],

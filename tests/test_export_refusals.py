@@ -104,6 +104,10 @@ def test_the_card_of_a_checkpoint_has_what_the_checkpoint_says(run, tmp_path):
     assert "# SafetyAlignment" in text
     assert "| trained | LoRA of rank 2 |" in text
     assert "| temperature | 0.025 |" in text  # beta 0.1 over lam 4
+    assert "| starts from | reward/model |" in text
+    assert str(run) not in text  # of this machine alone
+    for unknown in ("named above", "named here", "scorer", "rsa fit"):
+        assert unknown not in text
     state = torch.load(checkpoint_of(run, "reward"), weights_only=True)
     del state["trained_as"]  # as an earlier version wrote it
     torch.save(state, tmp_path / "old.ckpt")
