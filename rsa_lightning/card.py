@@ -13,6 +13,7 @@ from rsa_lightning.evaluation.wording import FURTHER_LABELS, LABELS
 
 NOT_RECORDED = "not recorded"
 TAG = "rsa_lightning"
+BASE = "base"  # what a run calls the model that it begins with
 UPPER = "unsafe_upper"
 HELD_OUT = {"reward_accuracy": "implicit-reward accuracy", "logp_accuracy": "log-probability accuracy", "kl": "KL"}
 LINEAGE = ("step", "kind", "starts from", "stays near", "loss", "risk", "temperature", "trained", "optimizer steps")
@@ -42,6 +43,7 @@ def step_card(
     adapter: bool = False,
     base: str | None = None,
     datasets: Sequence[str] = (),
+    below: str | None = None,
 ) -> str:
     """The card of a finished step of `rsa align`.
 
@@ -52,17 +54,24 @@ def step_card(
         adapter: of the step's adapter alone.
         base: name of the base model on the hub, where it is from there.
         datasets: names of data sets on the hub.
+        below: the folder of the model that the adapter was trained on.
     """
     steps = {key: manifest["steps"][key] for key in _ancestors(name, manifest["steps"])}
     measured = next((model for model in (results or {}).get("models", ()) if model["name"] == name), None)
     scorer = (manifest.get("config", {}).get("evaluation") or {}).get("scorer")
+    own = base if not adapter or steps[name].get("start") == BASE else None  # else it is no base of the adapter
+    figures = _measured(measured, scorer) if measured else "Nothing: this model was not evaluated."
+    began = "The run began with" if adapter else "Base model"
+    if adapter and measured:
+        figures = f"Of the base of the adapter with the adapter on it. {figures}"
     parts = [
-        _front(steps[name]["kind"], adapter, base, datasets),
+        _front(steps[name]["kind"], adapter, own, datasets),
         f"# {name}\n\n{_what(name, steps[name], adapter)}",
         "## Lineage\n\n" + _table(LINEAGE, [_lineage(key, entry) for key, entry in steps.items()]),
-        f"Base model: {_base(manifest, base)}. Seed: {manifest.get('seed', NOT_RECORDED)}. {_processes(steps)}",
+        *([f"Base of the adapter: {_below(name, manifest, base, below)}"] if adapter else []),
+        f"{began}: {_base(manifest, base)}. Seed: {manifest.get('seed', NOT_RECORDED)}. {_processes(steps)}",
         "## Data\n\n" + _data(steps),
-        "## Measured\n\n" + (_measured(measured, scorer) if measured else "Nothing: this model was not evaluated."),
+        "## Measured\n\n" + figures,
         "## Intended use and limits\n\n" + USE,
         "## Not measured\n\n" + _bullets([*_missing(measured, scorer), *NEVER]),
         "## Versions\n\n" + _versions(manifest.get("versions", {})),
@@ -189,6 +198,19 @@ def _base(manifest: Mapping[str, Any], base: str | None) -> str:
     if given.get("config"):
         return f"a fresh {given['config'].get('model_type')} made by the run, not pretrained"
     return NOT_RECORDED
+
+
+def _below(name: str, manifest: Mapping[str, Any], base: str | None, folder: str | None) -> str:
+    """What an adapter lies on, as the run recorded it."""
+    lies, start = PurePath(folder or ""), manifest["steps"][name].get("start")
+    found = manifest["steps"].get(lies.parent.name) if lies.name == "model" else None
+    if found is not None:
+        weights = {file: digest for file, digest in (found.get("model") or {}).items() if file.endswith(".safetensors")}
+        told = ", ".join(f"`{file}` with SHA-256 `{digest}`" for file, digest in weights.items())
+        model = f"the model of the step `{lies.parent.name}` of this run ({told or NOT_RECORDED})"
+    else:
+        model = _base(manifest, base) if start == BASE else f"`{short(folder or start or NOT_RECORDED)}`"
+    return f"{model}. `adapter_config.json` has the place of it on the machine that trained: give peft yours."
 
 
 def _processes(steps: Mapping[str, Any]) -> str:

@@ -59,7 +59,13 @@ def export_step(run: Path, name: str, output: Path, *, adapter: bool = False) ->
         raise ValueError(f"--step {name}: the files in {source} are not those that the step wrote: run rsa align again")
     _check_output(output, adapter, source)
     text = step_card(
-        name, manifest.entries, _results(run), adapter=adapter, base=_hub_base(manifest), datasets=_hub_data(manifest)
+        name,
+        manifest.entries,
+        _results(run),
+        adapter=adapter,
+        base=_hub_base(manifest),
+        datasets=_hub_data(manifest),
+        below=_json(source / CONFIG).get("base_model_name_or_path") if adapter else None,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(output) as partial:
@@ -84,8 +90,12 @@ def _finished(manifest: Manifest, name: str) -> dict[str, Any]:
 
 def _results(run: Path) -> dict[str, Any] | None:
     path = run / "results.json"
+    return _json(path) if path.is_file() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): run rsa align again, which writes it anew") from error
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from test_export import RUN, export, refused
 from transformers import AutoModelForCausalLM
 
+from rsa_lightning.card import step_card
 from rsa_lightning.checkpoint import folder_hashes
 from rsa_lightning.pipeline import align
 
@@ -167,3 +169,29 @@ def test_what_was_taken_away_from_a_run_is_said_as_it_is(run, tmp_path, capsys):
     assert "its manifest.json cannot be read" in told
     assert "stand in the folders model of: safety, warmup" in told
     assert "remove" not in told
+
+
+# ---------------------------------------------------------------------- cards of adapters
+
+
+def test_the_card_of_an_adapter_names_the_model_it_lies_on(run, tmp_path):
+    export("--run", run, "--step", "safety", "--output", tmp_path / "adapter", "--adapter")
+    text = (tmp_path / "adapter/README.md").read_text()
+    weights = folder_hashes(run / "reward/model")["model.safetensors"]
+    told = f"the model of the step `reward` of this run (`model.safetensors` with SHA-256 `{weights}`)"
+    assert f"Base of the adapter: {told}" in text
+    assert "Base model:" not in text
+    assert "The run began with: a fresh llama made by the run, not pretrained." in text
+    assert "## Measured\n\nOf the base of the adapter with the adapter on it. " in text
+    assert str(run) not in text
+
+
+def test_a_base_from_the_hub_is_that_of_an_adapter_which_lies_on_it_alone(run):
+    manifest = json.loads((run / "manifest.json").read_text())
+    text = step_card("safety", manifest, None, adapter=True, base="owner/model", below=str(run / "reward/model"))
+    assert "base_model" not in yaml.safe_load(text.split("---\n")[1])
+    manifest["steps"]["safety"]["start"] = "base"
+    text = step_card("safety", manifest, None, adapter=True, base="owner/model", below="/cache/snapshots/0a1b")
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "owner/model"
+    assert "Base of the adapter: `owner/model`." in text
+    assert "this model was not evaluated." in text
