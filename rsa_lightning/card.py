@@ -12,8 +12,10 @@ from typing import Any
 from rsa_lightning.evaluation.wording import FURTHER_LABELS, LABELS
 
 NOT_RECORDED = "not recorded"
+TRAINED_ON = "trained on"
 TAG = "rsa_lightning"
 BASE = "base"  # what a run calls the model that it begins with
+ALIGNING = ("reward", "safety")  # kinds of steps
 UPPER = "unsafe_upper"
 HELD_OUT = {"reward_accuracy": "implicit-reward accuracy", "logp_accuracy": "log-probability accuracy", "kl": "KL"}
 LINEAGE = ("step", "kind", "starts from", "stays near", "loss", "risk", "temperature", "trained", "optimizer steps")
@@ -44,6 +46,7 @@ def step_card(
     base: str | None = None,
     datasets: Sequence[str] = (),
     below: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """The card of a finished step of `rsa align`.
 
@@ -55,12 +58,14 @@ def step_card(
         base: name of the base model on the hub, where it is from there.
         datasets: names of data sets on the hub.
         below: the folder of the model that the adapter was trained on.
+        settings: step -> its config.yaml, of those that have one.
     """
     steps = {key: manifest["steps"][key] for key in _ancestors(name, manifest["steps"])}
     measured = next((model for model in (results or {}).get("models", ()) if model["name"] == name), None)
     scorer = (manifest.get("config", {}).get("evaluation") or {}).get("scorer")
     own = base if not adapter or steps[name].get("start") == BASE else None  # else it is no base of the adapter
-    figures = _measured(measured, scorer) if measured else "Nothing: this model was not evaluated."
+    origin = _origin(name, steps, results)
+    figures = _measured(measured, origin, manifest) if measured else "Nothing: this model was not evaluated."
     began = "The run began with" if adapter else "Base model"
     if adapter and measured:
         figures = f"Of the base of the adapter with the adapter on it. {figures}"
@@ -70,7 +75,9 @@ def step_card(
         "## Lineage\n\n" + _table(LINEAGE, [_lineage(key, entry) for key, entry in steps.items()]),
         *([f"Base of the adapter: {_below(name, manifest, base, below)}"] if adapter else []),
         f"{began}: {_base(manifest, base)}. Seed: {manifest.get('seed', NOT_RECORDED)}. {_processes(steps)}",
-        "## Data\n\n" + _data(steps),
+        "## Training\n\n" + _training(steps, settings or {}),
+        "## Data\n\n" + _data(steps, settings or {}),
+        "## Loading\n\n" + _loading(steps[name], adapter),
         "## Measured\n\n" + figures,
         "## Intended use and limits\n\n" + USE,
         "## Not measured\n\n" + _bullets([*_missing(measured, scorer), *NEVER]),
@@ -219,17 +226,62 @@ def _processes(steps: Mapping[str, Any]) -> str:
     return f"Processes: {told}." if told else "Processes: not recorded."
 
 
-def _data(steps: Mapping[str, Any]) -> str:
+def _training(steps: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """How each step was optimised, as its config.yaml says: that is the configuration with every default."""
+    rows = []
+    for name in (name for name in steps if name in settings):
+        trainer, model = settings[name].get("trainer") or {}, (settings[name].get("model") or {}).get("init_args") or {}
+        pairs = (steps[name].get("inputs") or {}).get("pairs_per_batch", NOT_RECORDED)
+        length = f"{trainer.get('max_epochs')} epochs, {trainer.get('max_steps')} steps (-1: no limit)"
+        schedule = _class(model["schedule"]) if model.get("schedule") else "constant rate"
+        optimizer = _class(model["optimizer"]) if model.get("optimizer") else NOT_RECORDED
+        pairs = f"{pairs} x {trainer.get('accumulate_grad_batches', 1)}"
+        layout = [_class(trainer.get(key) or NOT_RECORDED) for key in ("precision", "strategy")]
+        rows.append([name, optimizer, schedule, pairs, length, *layout])
+    header = ("step", "optimizer", "schedule", "pairs per batch x accumulated", "at most", "precision", "strategy")
+    told = f"Precision and strategy are the trainer's; {NOT_RECORDED}: left to its default."
+    return f"{_table(header, rows)}\n\n{told}" if rows else f"Optimizer, precision and strategy: {NOT_RECORDED}."
+
+
+def _data(steps: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, entry in steps.items():
-        report = entry.get("data") or {}
+        report, given = entry.get("data") or {}, (settings.get(name) or {}).get("data")
         for path, digest in (report.get("sha256") or {}).items():
-            learnt = path in report.get("paths", ())
-            counts = [str(report.get(key, "")) if learnt else "" for key in ("rows", "train_pairs", "validation_pairs")]
-            use = "trained on" if learnt else "validated on, or kept out of training"
+            use = _use(path, report, given)
+            keys = ("rows", "train_pairs", "validation_pairs")
+            counts = [str(report.get(key, "")) if use == TRAINED_ON else "" for key in keys]
             rows.append([name, f"`{path.split('/')[-1]}`", use, *counts, f"`{digest}`"])
     header = ("step", "file", "use", "rows read", "training examples", "held out", "SHA-256")
     return _table(header, rows) if rows else "No step of this lineage records data."
+
+
+def _use(path: str, report: Mapping[str, Any], given: Mapping[str, Any] | None) -> str:
+    """What a file was to a step; its report alone does not tell a validation file from one of training."""
+    if given is not None and path == given.get("validation_path"):
+        return "validated on"
+    if path in report.get("paths", ()):
+        return TRAINED_ON if given is not None else "trained or validated on"
+    return "kept out of training"
+
+
+def _loading(entry: Mapping[str, Any], adapter: bool) -> str:
+    """How to load it, and what prompts it was trained on."""
+    template = (entry.get("data") or {}).get("template")
+    if template is None:
+        told = (
+            "Prompts were given as they are in the data; messages by the tokenizer's chat template, where it has one."
+        )
+    elif "{" in template:
+        told = "Prompts were rendered by a template of the run's own, which is the chat template of the tokenizer."
+    else:
+        told = f"Prompts were rendered by the template `{short(template)}`, which is the tokenizer's chat template."
+    kinds = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
+    more = "  # with base_model_name_or_path of adapter_config.json set to your base" if adapter else ""
+    lines = [f"from {kinds[0]} import {kinds[1]}", "from transformers import AutoTokenizer", ""]
+    lines += [f'model = {kinds[1]}.from_pretrained("FOLDER"){more}']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
+    return "\n".join(["```python", *lines, "```", "", told])
 
 
 def _figures(entry: Mapping[str, Any], intervals: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[list[str]]:
@@ -243,16 +295,36 @@ def _figures(entry: Mapping[str, Any], intervals: Mapping[str, Any], names: Mapp
             yield [label, number(value), f"[{number(interval[0])}, {number(interval[1])}]" if interval else "–"]
 
 
-def _measured(model: Mapping[str, Any], scorer: Any) -> str:
+def _origin(name: str, steps: Mapping[str, Any], results: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The figures of the model that alignment started from, where that was evaluated, too."""
+    origin = name
+    while origin in steps and steps[origin]["kind"] in ALIGNING:
+        origin = steps[origin].get("start") or BASE
+    if origin in steps and steps[origin]["kind"] != "warmup":  # of aligned models, perhaps
+        return None
+    found = (model for model in (results or {}).get("models", ()) if model["name"] == origin != name)
+    return next(found, None)
+
+
+def _sampling(manifest: Mapping[str, Any]) -> str:
+    """How answers were drawn, as far as the configuration says."""
+    given = (manifest.get("config", {}).get("evaluation") or {}).get("sampling") or {}
+    told = ", ".join(f"{key} {_plain(value)}" for key, value in given.items())
+    version = manifest.get("versions", {}).get("rsa_lightning", NOT_RECORDED)
+    return f"Sampled with {told or 'no settings given'}; others are the defaults of rsa_lightning {version}."
+
+
+def _measured(model: Mapping[str, Any], origin: Mapping[str, Any] | None, manifest: Mapping[str, Any]) -> str:
+    scorer = (manifest.get("config", {}).get("evaluation") or {}).get("scorer")
     names = {key: label for key, (label, _) in {**LABELS, UPPER: FURTHER_LABELS[UPPER]}.items()}
-    about = [f"{model.get('samples', 0)} sampled answers; scorer: {_scorer(scorer)}."]
+    about = [f"{model.get('samples', 0)} sampled answers; scorer: {_scorer(scorer)}.", _sampling(manifest)]
     if model.get("unscored"):
         about.append(f"Of them {model['unscored']} were not scored.")
     about.append("Intervals are 95 %, over prompts; they do not hold the variation between training runs.")
     if model.get(UPPER) is not None:
         about.append(f"The {FURTHER_LABELS[UPPER][0]}, is Clopper and Pearson's: one-sided, 95 %, independent answers.")
     figures = _figures(model, model.get("ci95") or {}, names)
-    parts = [" ".join(about), _table(("", "value", "95 % interval"), figures)]
+    parts = [" ".join(about), _beside(list(figures), names, origin)]
     held_out = {key: found["held_out"] for key, found in (model.get("preference") or {}).items() if "held_out" in found}
     if held_out:
         rows = [
@@ -268,6 +340,16 @@ def _measured(model: Mapping[str, Any], scorer: Any) -> str:
     return "\n\n".join(parts)
 
 
+def _beside(figures: list[list[str]], names: Mapping[str, str], origin: Mapping[str, Any] | None) -> str:
+    """The figures, and where it was measured those of the model that alignment started from."""
+    header = ["", "value", "95 % interval"]
+    if origin is None:
+        return _table(header, figures)
+    started = {label: rest for label, *rest in _figures(origin, origin.get("ci95") or {}, names)}
+    header += [f"before alignment (`{origin['name']}`)", "its 95 % interval"]
+    return _table(header, [[*row, *started.get(row[0], ["–", "–"])] for row in figures])
+
+
 def _scorer(scorer: Any) -> str:
     return (scorer if isinstance(scorer, str) else _class(scorer)) if scorer else "none"
 
@@ -281,6 +363,7 @@ def _missing(model: Mapping[str, Any] | None, scorer: Any) -> list[str]:
     found = [f"{', '.join(absent)}{'' if scorer else ' (no scorer was given)'}."] if absent else []
     if not any("held_out" in split for split in (model.get("preference") or {}).values()):
         found.append("How it judges held-out pairs.")
+    found.append("How many answers were cut at max_new_tokens: the records do not say.")
     return [*found, "Other seeds: this is one training run."]
 
 

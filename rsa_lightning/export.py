@@ -17,7 +17,7 @@ from rsa_lightning.adapters import CONFIG
 from rsa_lightning.callbacks import base_of
 from rsa_lightning.card import checkpoint_card, is_ours, short, step_card
 from rsa_lightning.checkpoint import check_replaceable, folder_hashes, replaced_whole, write_text
-from rsa_lightning.config import load_layers, overrides
+from rsa_lightning.config import load_file, load_layers, overrides
 from rsa_lightning.data.datamodule import tokenizer_of
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.fit import FitCLI
@@ -66,6 +66,7 @@ def export_step(run: Path, name: str, output: Path, *, adapter: bool = False) ->
         base=_hub_base(manifest),
         datasets=_hub_data(manifest),
         below=_json(source / CONFIG).get("base_model_name_or_path") if adapter else None,
+        settings=_settings(run, manifest),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(output) as partial:
@@ -98,6 +99,12 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): run rsa align again, which writes it anew") from error
+
+
+def _settings(run: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Step -> its config.yaml."""
+    paths = {name: run / name / "config.yaml" for name in manifest.section("steps")}
+    return {name: load_file(path) for name, path in paths.items() if path.is_file()}
 
 
 def _hub_base(manifest: Manifest) -> str | None:
