@@ -125,12 +125,13 @@ def export_checkpoint(checkpoint: Path, config: Mapping[str, Any], output: Path,
 
     Args:
         checkpoint: a folder of shards, of any number of processes, or one file.
-        config: of the `rsa fit` that it is of: model and data; where it was trained does not matter.
+        config: of the training that it is of: model and data; where it was trained does not matter. The data has to be
+            there: a tokenizer may have been trained on it, and its prompts decide which template the tokenizer keeps.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a checkpoint of another configuration, or damaged; an adapter where none was trained; an output that
-            is something else.
+        ValueError: a checkpoint of another configuration, or damaged; data that cannot be read; an adapter where none
+            was trained; an output that is something else.
     """
     _check_output(output, adapter, checkpoint)
     rest = shards.read_rest(checkpoint)
@@ -140,7 +141,13 @@ def export_checkpoint(checkpoint: Path, config: Mapping[str, Any], output: Path,
     stage, data = built.model, built.datamodule
     if adapter and stage.policy_spec.lora is None:
         raise ValueError("--adapter: this configuration trains all weights (no policy.lora): drop it")
-    data.prepare(tokenizer_of(stage))
+    try:
+        data.prepare(tokenizer_of(stage))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{error}. rsa export reads the data that the checkpoint was trained on, for its tokenizer and template: "
+            "if it lies elsewhere now, give --data.path (and --data.validation_path, --data.evaluation_prompts)"
+        ) from error
     stage.read_data(data)
     fill_policy(stage, checkpoint, rest, data.tokenizer)
     policy, spec = stage.policy, stage.policy_spec

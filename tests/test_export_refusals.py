@@ -171,6 +171,16 @@ def test_what_was_taken_away_from_a_run_is_said_as_it_is(run, tmp_path, capsys):
     assert "remove" not in told
 
 
+def test_data_that_lies_elsewhere_now_is_asked_for(run, tmp_path, capsys):
+    arguments = ("--checkpoint", checkpoint_of(run, "warmup"), "-c", run / "warmup/config.yaml")
+    arguments += ("--output", tmp_path / "model")
+    told = refused(capsys, *arguments, "--data.path", tmp_path / "gone.jsonl")
+    assert "gone.jsonl" in told
+    assert "for its tokenizer and template: if it lies elsewhere now, give --data.path" in told
+    moved = shutil.copy(run / "inputs/demonstrations.jsonl", tmp_path / "moved.jsonl")
+    export(*arguments, "--data.path", moved)
+
+
 # ---------------------------------------------------------------------- cards of adapters
 
 
