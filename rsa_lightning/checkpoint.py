@@ -3,11 +3,21 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+# what folders of models and adapters hold: weights, configurations, words, templates, code that a model brings, records
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.spm"),
+    *("chat_template.*", "additional_chat_templates", "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *("README.md", "merge.json"),
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,18 +37,31 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_replaceable(folder: Path, marker: str = "config.json", kind: str = "model") -> None:
     """Raises ValueError where writing a model (or an adapter) into `folder` would destroy something else."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / marker).exists())):
+    if not folder.exists():
+        return
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    if found and (not folder.is_dir() or marker not in found):
         raise ValueError(
             f"{folder} exists and is no {kind} folder (no {marker} in it): choose another folder for the {kind}"
+        )
+    strange = [name for name in found if not any(fnmatch(name, pattern) for pattern in MODEL_FILES)]
+    if strange:
+        told = ", ".join(strange[:3]) + (", ..." if strange[3:] else "")
+        raise ValueError(
+            f"{folder} holds more than a {kind} ({told}), which would be lost: choose another folder, or "
+            "move these away"
         )
 
 
 @contextmanager
 def replaced_whole(folder: Path) -> Iterator[Path]:
-    """Gives the path to write to, which takes the place of `folder` if all went well, and else is removed."""
-    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Gives the path to write to, which takes the place of `folder` if all went well, and else is removed.
+
+    What stands beside it is left alone: the names used for the time being are drawn at random.
+    """
+    folder = folder.resolve()  # of a link what it points to
+    drawn = secrets.token_hex(4)
+    partial, old = (folder.with_name(f"{folder.name}.{part}-{drawn}") for part in ("partial", "old"))
     try:
         yield partial
     except BaseException:

@@ -29,7 +29,8 @@ USAGE = """usage: rsa COMMAND [options]
   rsa export --run RUN --step NAME --output DIR [--adapter]
       the model (or adapter) of a finished step of rsa align, with a model card of what the run recorded
   rsa export --checkpoint CKPT -c FILE [-c LAYER ...] --output DIR [--adapter]
-      a checkpoint, a folder of shards or one file, as a folder that transformers (or peft) loads
+      a checkpoint, a folder of shards or one file, as a folder that transformers (or peft) loads; FILE is the
+      config.yaml of its training, whose data has to be there, too (for the tokenizer and its template)
 
 Configurations are code: their class paths are imported. Run only those you trust.
 """

@@ -15,22 +15,23 @@ from torch import Tensor
 
 from rsa_lightning.adapters import CONFIG
 from rsa_lightning.callbacks import base_of
-from rsa_lightning.card import checkpoint_card, step_card
+from rsa_lightning.card import checkpoint_card, is_ours, short, step_card
 from rsa_lightning.checkpoint import check_replaceable, folder_hashes, replaced_whole, write_text
-from rsa_lightning.config import load_layers, overrides
+from rsa_lightning.config import load_file, load_layers, overrides
 from rsa_lightning.data.datamodule import tokenizer_of
 from rsa_lightning.data.tokenize import load_tokenizer
 from rsa_lightning.fit import FitCLI
 from rsa_lightning.hub import is_hub_name
-from rsa_lightning.manifest import Manifest
-from rsa_lightning.models import PolicySpec, load_policy
+from rsa_lightning.manifest import Manifest, recorded, run_around
+from rsa_lightning.models import load_policy
 from rsa_lightning.parallel import shards
-from rsa_lightning.policy_stage import PolicyStage
+from rsa_lightning.policy_stage import TRAINED_AS, PolicyStage
 from rsa_lightning.saving import save_adapter, save_policy
 
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
+PLACES = ("starts from", "frozen adapters below")  # of what a checkpoint says: where it lay when it was trained
 # a policy is read in this process, wherever it was trained
 HERE = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "logger": False, "enable_checkpointing": False}
 
@@ -46,17 +47,26 @@ def export_step(run: Path, name: str, output: Path, *, adapter: bool = False) ->
     """
     if not run.is_dir():
         raise ValueError(f"--run: there is no folder {run}")
-    manifest = Manifest(run)
+    manifest = recorded(run)
     entry, product = _finished(manifest, name), "adapter" if adapter else "model"
     source = run / name / product
-    if not source.is_dir():
+    if not entry.get(product):
         why = "trained no adapter: drop --adapter" if adapter else f"is of kind {entry['kind']}, which makes no model"
         raise ValueError(f"--step {name}: the step {why}")
+    if not source.is_dir():
+        raise ValueError(f"--step {name}: the {product} that the step wrote is gone from {source}: run rsa align again")
     if folder_hashes(source) != entry[product]:
         raise ValueError(f"--step {name}: the files in {source} are not those that the step wrote: run rsa align again")
     _check_output(output, adapter, source)
     text = step_card(
-        name, manifest.entries, _results(run), adapter=adapter, base=_hub_base(manifest), datasets=_hub_data(manifest)
+        name,
+        manifest.entries,
+        _results(run),
+        adapter=adapter,
+        base=_hub_base(manifest),
+        datasets=_hub_data(manifest),
+        below=_json(source / CONFIG).get("base_model_name_or_path") if adapter else None,
+        settings=_settings(run, manifest),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(output) as partial:
@@ -72,8 +82,6 @@ def _finished(manifest: Manifest, name: str) -> dict[str, Any]:
     steps = manifest.section("steps")
     if name in steps:
         return dict(steps[name])
-    if not manifest.entries:
-        raise ValueError(f"--run: {manifest.folder} is no run of rsa align: it has no manifest.json")
     asked = (manifest.section("config").get("steps") or {}).get(name)
     known = f"finished are: {', '.join(steps) or 'none'}"
     if asked is not None:
@@ -83,10 +91,20 @@ def _finished(manifest: Manifest, name: str) -> dict[str, Any]:
 
 def _results(run: Path) -> dict[str, Any] | None:
     path = run / "results.json"
+    return _json(path) if path.is_file() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): run rsa align again, which writes it anew") from error
+
+
+def _settings(run: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Step -> its config.yaml."""
+    paths = {name: run / name / "config.yaml" for name in manifest.section("steps")}
+    return {name: load_file(path) for name, path in paths.items() if path.is_file()}
 
 
 def _hub_base(manifest: Manifest) -> str | None:
@@ -107,26 +125,35 @@ def export_checkpoint(checkpoint: Path, config: Mapping[str, Any], output: Path,
 
     Args:
         checkpoint: a folder of shards, of any number of processes, or one file.
-        config: of the `rsa fit` that it is of: model and data; where it was trained does not matter.
+        config: of the training that it is of: model and data; where it was trained does not matter. The data has to be
+            there: a tokenizer may have been trained on it, and its prompts decide which template the tokenizer keeps.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a checkpoint of another configuration, or damaged; an adapter where none was trained; an output that
-            is something else.
+        ValueError: a checkpoint of another configuration, or damaged; data that cannot be read; an adapter where none
+            was trained; an output that is something else.
     """
     _check_output(output, adapter, checkpoint)
     rest = shards.read_rest(checkpoint)
+    _check_config(config)
     wanted = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
     built = FitCLI({**wanted, "trainer": HERE})
     stage, data = built.model, built.datamodule
     if adapter and stage.policy_spec.lora is None:
         raise ValueError("--adapter: this configuration trains all weights (no policy.lora): drop it")
-    data.prepare(tokenizer_of(stage))
+    try:
+        data.prepare(tokenizer_of(stage))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{error}. rsa export reads the data that the checkpoint was trained on, for its tokenizer and template: "
+            "if it lies elsewhere now, give --data.path (and --data.validation_path, --data.evaluation_prompts)"
+        ) from error
     stage.read_data(data)
     fill_policy(stage, checkpoint, rest, data.tokenizer)
     policy, spec = stage.policy, stage.policy_spec
-    base = spec.model if spec.model and is_hub_name(spec.model) else None
-    text = checkpoint_card(_facts(stage, rest, wanted), adapter=adapter, base=base)
+    started = (rest.get(TRAINED_AS) or {}).get("starts from")
+    base = spec.model if spec.model and spec.model == started and is_hub_name(spec.model) else None
+    text = checkpoint_card(_facts(rest, wanted), adapter=adapter, base=base)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(output) as partial:
         if adapter:
@@ -138,6 +165,14 @@ def export_checkpoint(checkpoint: Path, config: Mapping[str, Any], output: Path,
     log.info("%s: step %d of %s", output, rest["global_step"], checkpoint)
 
 
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a configuration is of no single stage."""
+    if "steps" in config:
+        raise ValueError("-c is a file of rsa align: give the config.yaml of the step, RUN/STEP/config.yaml")
+    if not isinstance(model := config.get("model"), Mapping) or "class_path" not in model:
+        raise ValueError("-c names no stage (model.class_path): give the config.yaml beside the logs of the training")
+
+
 def fill_policy(stage: PolicyStage, checkpoint: Path, rest: Mapping[str, Any], tokenizer: Any) -> None:
     """Gives a stage the policy of a checkpoint, on the CPU, in the precision that its weights were kept in.
 
@@ -145,8 +180,9 @@ def fill_policy(stage: PolicyStage, checkpoint: Path, rest: Mapping[str, Any], t
         rest: `shards.read_rest` of it.
 
     Raises:
-        ValueError: as `shards.check_fit`, or what the stage itself has against the checkpoint.
+        ValueError: as `shards.check_fit`, other training, or what the stage itself has against the checkpoint.
     """
+    _check_training(stage, checkpoint, rest)
     stage.policy = load_policy(stage.policy_spec, tokenizer)
     found, trained = shards.stored_weights(checkpoint, rest), stage.policy_spec.lora is not None
     if not trained:
@@ -166,18 +202,35 @@ def fill_policy(stage: PolicyStage, checkpoint: Path, rest: Mapping[str, Any], t
             value.copy_(rest[shards.WEIGHTS][name])
 
 
-def _facts(stage: PolicyStage, rest: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint and its configuration say of the model."""
-    spec: PolicySpec = stage.policy_spec
-    data, loss = rest.get("PreferenceData") or {}, getattr(stage, "loss", None)
-    start = f"`{spec.model}`" if spec.model else f"a fresh {(spec.config or {}).get('model_type')}, seed {spec.seed}"
+def _check_training(stage: PolicyStage, checkpoint: Path, rest: Mapping[str, Any]) -> None:
+    """Raises ValueError where a checkpoint is of another stage, loss, risk, temperature or adapter.
+
+    Where its start lies may differ: it was trained elsewhere, perhaps.
+    """
+    then, now = rest.get(TRAINED_AS), stage.trained_as()
+    if then is None:
+        log.warning("%s does not say how it was trained (an earlier version wrote it), nor will the card", checkpoint)
+        return
+    keys = [key for key in (*then, *(key for key in now if key not in then)) if key not in PLACES]
+    other = [f"{key} {then.get(key)}, here {now.get(key)}" for key in keys if then.get(key) != now.get(key)]
+    if other:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is of another configuration ({'; '.join(other)}): give -c the config.yaml it "
+            "was trained with"
+        )
+
+
+def _facts(rest: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself; the seed is that of the configuration."""
+    then, data = rest.get(TRAINED_AS) or {}, rest.get("PreferenceData") or {}
+    lora = then.get("lora")
+    trained = "all weights" if lora is None else f"LoRA of rank {lora['rank']}"
     return {
-        "stage": type(stage).__name__,
-        "starts from": start,
-        "frozen adapters below": ", ".join(spec.adapters) or "none",
-        "trained": "all weights" if spec.lora is None else f"LoRA of rank {spec.lora.rank}",
-        "loss": None if loss is None else repr(loss),
-        "risk": repr(stage.risk) if hasattr(stage, "risk") else None,
+        "stage": then.get("stage"),
+        "starts from": then.get("starts from"),
+        "frozen adapters below": ", ".join(map(short, then["frozen adapters below"])) or "none" if then else None,
+        "trained": trained if then else None,
+        **{key: then.get(key) for key in ("loss", "risk", "temperature")},
         "optimizer steps": rest["global_step"],
         "epochs before this one": rest.get("epoch"),
         "seed": config.get("seed_everything"),
@@ -190,11 +243,20 @@ def _facts(stage: PolicyStage, rest: Mapping[str, Any], config: Mapping[str, Any
 
 
 def _check_output(output: Path, adapter: bool, source: Path) -> None:
-    """Raises ValueError where writing to `output` would destroy what is exported, or something that is no model."""
+    """Raises ValueError where writing to `output` would destroy anything but an earlier export."""
     place, origin = output.resolve(), source.resolve()
     if place == origin or place in origin.parents or origin in place.parents:
         raise ValueError(f"--output {output} is {source}, or in it, or around it: choose another")
+    if (around := run_around(place)) is not None:
+        raise ValueError(f"--output {output} lies in the run {around}, whose files are its own: choose another")
     check_replaceable(output, *((CONFIG, "adapter") if adapter else ()))
+    if not output.exists() or not any(output.iterdir()):
+        return
+    card = output / CARD
+    if not card.is_file() or not is_ours(card.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(
+            f"--output {output} holds a model that rsa export did not write (no {CARD} of ours in it): choose another"
+        )
 
 
 # ------------------------------------------------------------------ the command
@@ -218,10 +280,11 @@ def main(arguments: list[str]) -> None:
     if (given.run is None) == (given.checkpoint is None):
         raise ValueError("rsa export takes a step of a --run, or a --checkpoint: give one of the two")
     if given.run is not None:
-        if given.step is None or given.config or rest:
-            raise ValueError(
-                f"--run needs --step NAME, and takes no configuration (got {given.config or rest or None})"
-            )
+        if given.step is None:
+            known = ", ".join(recorded(given.run).section("steps")) if given.run.is_dir() else ""
+            raise ValueError(f"--run needs --step NAME; finished steps of {given.run}: {known or 'none'}")
+        if given.config or rest:
+            raise ValueError(f"--run takes no configuration, and no other keys: drop {given.config or rest}")
         export_step(given.run, given.step, given.output, adapter=given.adapter)
         return
     if not given.config or given.step is not None:

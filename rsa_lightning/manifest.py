@@ -81,6 +81,36 @@ class Manifest:
         return entries
 
 
+def recorded(folder: Path) -> Manifest:
+    """The record of a run, to be read and no more. Raises ValueError where there is none, or none that can be read."""
+    path = folder / NAME
+    if not path.is_file():
+        inside = _is_run(folder.resolve().parent)
+        mend = f": it lies in one, --run {folder.parent}" if inside else f" (no {NAME} in it): give the output of one"
+        raise ValueError(f"--run {folder} is no run of rsa align{mend}")
+    try:
+        return Manifest(folder)
+    except ValueError as error:
+        known = ", ".join(sorted(found.parent.name for found in folder.glob("*/model")))
+        raise ValueError(
+            f"--run {folder}: its {NAME} cannot be read, so nothing says what its models are: restore it from a copy. "
+            f"The models themselves stand in the folders model of: {known or 'none'}"
+        ) from error
+
+
+def run_around(place: Path) -> Path | None:
+    """The run directory that a path is, or lies in however deep; None where there is none."""
+    return next((folder for folder in (place.resolve(), *place.resolve().parents) if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        entries = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(entries, dict) and "format" in entries  # others have a file of this name, too
+
+
 def _hashes(product: Path) -> dict[str, str]:
     """File name -> hash, of a folder or of one file; empty where there is nothing."""
     return {product.name: file_hash(product)} if product.is_file() else folder_hashes(product)

@@ -4,6 +4,7 @@ import abc
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
 
 BASE_KEY = "base_fingerprint"  # in checkpoints that hold an adapter alone
+TRAINED_AS = "trained_as"  # in checkpoints: what `PolicyStage.trained_as` said
 
 
 class PolicyStage(L.LightningModule, abc.ABC):
@@ -126,7 +128,20 @@ class PolicyStage(L.LightningModule, abc.ABC):
         """Of the frozen weights, which stay; taken once, because those of a sharded policy are all gathered for it."""
         return base_fingerprint(self)
 
+    def trained_as(self) -> dict[str, Any]:
+        """What a checkpoint says of the training that it is of, beside its weights; in plain types."""
+        spec = self.policy_spec
+        lora = None if spec.lora is None else asdict(spec.lora) | {"start": None}
+        fresh = None if spec.model else f"a fresh {(spec.config or {}).get('model_type')}, seed {spec.seed}"
+        return {
+            "stage": type(self).__name__,
+            "starts from": fresh or spec.model,
+            "frozen adapters below": list(spec.adapters),
+            "lora": lora,
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[TRAINED_AS] = self.trained_as()
         if self.policy_spec.lora is not None:
             state = checkpoint["state_dict"]  # gathered into one file, the first process alone has it
             checkpoint["state_dict"] = {name: state[name] for name in self._trainable() if state}

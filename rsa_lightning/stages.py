@@ -96,6 +96,10 @@ class AlignmentStage(PolicyStage, abc.ABC):
         self.reference.check_loss(name, reads_risk=loss.reads_risk, mismatched=loss.needs_baseline)
         self._agreement_checked = False
 
+    def trained_as(self) -> dict[str, Any]:
+        own = {"loss": repr(self.loss), "risk": repr(self.risk), "discount": self.discount}
+        return {**super().trained_as(), **own, "temperature": self.loss.beta}
+
     def configure_model(self) -> None:
         super().configure_model()
         assert self.policy is not None

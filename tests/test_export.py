@@ -249,11 +249,6 @@ def test_what_cannot_be_exported_is_said(shards_of_two, tmp_path, capsys):
     told = refused(capsys, "--checkpoint", damaged, "-c", config, "--output", tmp_path / "m")
     assert "__1_0.distcp" in told
     assert "it is damaged or not whole" in told
-    assert (
-        "is no run of rsa align"
-        in refused(capsys, "--run", tmp_path / "empty", "--step", "x", "--output", tmp_path / "m")
-        or True
-    )
 
 
 # ---------------------------------------------------------------------- steps of a run
@@ -320,13 +315,17 @@ def section(text: str, title: str) -> str:
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
 def test_every_measured_number_of_the_card_is_that_of_results_json(run, exported):
     """Row by row: value and interval, in the order of the labels; nothing else in the tables is a number."""
     measured = section((exported / "README.md").read_text(), "Measured")
     results = json.loads((run / "results.json").read_text())
     model = next(model for model in results["models"] if model["name"] == "safety")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in measured.splitlines() if line[:1] == "|"]
-    said = {row[0]: row[1:] for row in rows if len(row) == 3}
+    figures, judged = (cells(part) for part in measured.split("Implicit rewards and KL"))
+    said = {row[0]: row[1:3] for row in figures}
     wanted = {
         "mean reward": ("reward_mean", None),
         "unsafe rate, P(cost > 0)": ("unsafe_rate", None),
@@ -340,7 +339,7 @@ def test_every_measured_number_of_the_card_is_that_of_results_json(run, exported
         assert float(said[label][0]) == float(f"{value:.4g}")
         assert json.loads(said[label][1]) == [float(f"{bound:.4g}") for bound in interval]
     assert said["unsafe rate, upper bound"] == [f"{model['unsafe_upper']:.4g}", "–"]
-    pairs = {(row[0], row[2]): row for row in rows if len(row) == 5 and row[1].isdigit()}
+    pairs = {(row[0], row[2]): row for row in judged[2:]}
     assert len(pairs) == 2 * 3
     for (criterion, label), row in pairs.items():
         held_out = model["preference"][criterion]["held_out"]
@@ -349,6 +348,57 @@ def test_every_measured_number_of_the_card_is_that_of_results_json(run, exported
         assert float(row[3]) == float(f"{held_out[key]:.4g}")
         assert json.loads(row[4]) == [float(f"{bound:.4g}") for bound in held_out["ci95"][key]]
     assert f"{model['samples']} sampled answers; scorer: rsa_lightning.stories.score." in measured
+
+
+def test_beside_the_figures_stand_those_of_the_model_that_alignment_started_from(run, exported):
+    """That is the warm-up, two steps back; of itself it has none to stand beside."""
+    header, _, *rows = cells(section((exported / "README.md").read_text(), "Measured").split("Implicit rewards")[0])
+    assert header[3:] == ["before alignment (`warmup`)", "its 95 % interval"]
+    results = json.loads((run / "results.json").read_text())
+    warmup = next(model for model in results["models"] if model["name"] == "warmup")
+    said = {row[0]: row[3:] for row in rows}
+    assert float(said["mean reward"][0]) == float(f"{warmup['reward_mean']:.4g}")
+    assert json.loads(said["mean reward"][1]) == [float(f"{bound:.4g}") for bound in warmup["ci95"]["reward_mean"]]
+    assert said["unsafe rate, upper bound"][0] == f"{warmup['unsafe_upper']:.4g}"
+    text = card.step_card("warmup", json.loads((run / "manifest.json").read_text()), results)
+    assert "before alignment" not in text
+
+
+def test_the_card_says_how_it_was_trained_sampled_and_is_loaded(run, exported):
+    text = (exported / "README.md").read_text()
+    rows = {row[0]: row[1:] for row in cells(section(text, "Training"))}
+    assert rows["safety"][0].startswith("AdamW(lr=0.001, ")
+    assert rows["safety"][1:] == [
+        *("constant rate", "4 x 1", "1 epochs, -1 steps (-1: no limit)"),
+        *("not recorded", "auto"),
+    ]
+    assert "Sampled with samples_per_prompt 2, max_new_tokens 8; others are the defaults" in text
+    assert "How many answers were cut at max_new_tokens: the records do not say." in section(text, "Not measured")
+    loading = section(text, "Loading")
+    assert "Prompts were given as they are in the data" in loading
+    found: dict[str, Any] = {}
+    exec(loading.split("```python\n")[1].split("```")[0].replace("FOLDER", str(exported)), found)
+    assert_computes(found["model"], AutoModelForCausalLM.from_pretrained(run / "safety/model")(IDS).logits[0].detach())
+    assert len(found["tokenizer"]) == found["model"].config.vocab_size
+
+
+def test_the_card_tells_files_of_training_from_those_of_validation_and_those_kept_out(run):
+    manifest = json.loads((run / "manifest.json").read_text())
+    report = manifest["steps"]["safety"]["data"]
+    pairs, prompts = report["sha256"]
+    report["sha256"]["/data/held.jsonl"] = "0a1b"
+    report["paths"] = [pairs, "/data/held.jsonl"]
+    given = {"safety": {"data": {"path": pairs, "validation_path": "/data/held.jsonl"}}}
+    text = section(card.step_card("safety", manifest, None, settings=given), "Data")
+    assert "| `held.jsonl` | validated on |  |  |  | `0a1b` |" in text
+    uses = {row[1]: row[2] for row in cells(text) if row[0] == "safety"}
+    assert uses == {
+        "`safety.jsonl`": "trained on",
+        "`held.jsonl`": "validated on",
+        f"`{Path(prompts).name}`": "kept out of training",
+    }
+    text = section(card.step_card("safety", manifest, None), "Data")  # the report alone cannot tell the two
+    assert "| `held.jsonl` | trained or validated on |" in text
 
 
 def test_no_number_of_the_card_is_of_its_own_making(run, exported):

@@ -41,7 +41,11 @@ def read_rest(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if is_sharded(path) and not (path / META).is_file():
-        raise ValueError(f"{path} is no whole checkpoint: it has no {META}. Take an earlier one")
+        inside = ", ".join(sorted(entry.name for entry in path.iterdir() if _is_checkpoint(entry)))
+        mend = f"Give one of those in it: {inside}" if inside else "Take an earlier one"
+        raise ValueError(f"{path} is no whole checkpoint: it has no {META}. {mend}")
+    if not is_sharded(path) and (path.parent / META).is_file():
+        raise ValueError(f"{path} is a part of a checkpoint in shards: give its folder, {path.parent}")
     try:
         # a file is mapped, so that each process reads only what it asks for
         file, mapped = (path / META, False) if is_sharded(path) else (path, True)
@@ -50,7 +54,14 @@ def read_rest(path: Path) -> dict[str, Any]:
         raise _damaged(path, error) from error
     if not isinstance(found, dict) or "global_step" not in found:
         raise ValueError(f"{path} is no checkpoint of training: it has no global_step")
+    if not is_sharded(path) and not isinstance(found.get(WEIGHTS), Mapping):
+        raise ValueError(f"{path} is no whole checkpoint: it has no {WEIGHTS}. Take an earlier one")
     return found
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether something reads as a checkpoint from outside."""
+    return (path / META).is_file() if path.is_dir() else path.suffix == ".ckpt"
 
 
 def stored_weights(path: Path, rest: Mapping[str, Any]) -> dict[str, Stored]:
