@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from rsa_lightning.checkpoint import key_of
 from rsa_lightning.data.batch import ROLES, EncodedPair, PreferenceBatch, int64
 from rsa_lightning.data.cache import locked
-from rsa_lightning.hidden_store import HEAD, KEY_BYTES, HiddenStore, Layout
+from rsa_lightning.hidden_store import HEAD, KEY_BYTES, MANIFEST, HiddenStore, Layout
 from rsa_lightning.models import Policy, ReferenceStates
 from rsa_lightning.reference import Reference, start_gap, tolerance_of, working_dtype
 from rsa_lightning.scoring import Scoring
@@ -115,7 +115,7 @@ class HiddenCache(Reference):
         build: compute rows that are missing; off, they are an error.
 
     Raises:
-        ValueError: `keep` is neither.
+        ValueError: `keep` is neither, or `folder` is a file, or a single cache.
     """
 
     live: ClassVar[bool] = False
@@ -124,6 +124,7 @@ class HiddenCache(Reference):
         if keep not in ("hidden", "logps"):
             raise ValueError(f"HiddenCache keeps hidden or logps, got keep={keep!r}")
         self.folder, self.keep, self.build = Path(folder).expanduser().absolute(), keep, build
+        _check_folder(folder, self.folder)
         self._store: HiddenStore | None = None
         self._head: dict[str, Tensor] = {}
         self._logit_options: dict[str, Any] = {}  # scale and softcap of the head
@@ -236,7 +237,8 @@ class HiddenCache(Reference):
             return chunks, head
         store.begin(chunks, self._head_bytes(policy) if head else 0, self._words(work, policy))
         lacking = [row for chunk in chunks for row in store.layout.chunks[chunk]]
-        log.info("computing %s for the reference cache %s", rows.names(lacking), store.folder)
+        what = rows.names(lacking) if lacking else "nothing but the head, which is missing,"
+        log.info("computing %s for the reference cache %s", what, store.folder)
         return chunks, head
 
     def _missing(self, store: HiddenStore, policy: Policy) -> tuple[list[int], bool]:
@@ -330,6 +332,17 @@ class HiddenCache(Reference):
                 f"nats per token (tolerance {tolerance:g}): it was not made with this policy as it starts. Delete the "
                 "folder, it is rebuilt"
             )
+
+
+def _check_folder(given: str, folder: Path) -> None:
+    """Raises ValueError where no folder of caches can be."""
+    if not given or folder.is_file():
+        raise ValueError(f"HiddenCache keeps files in a folder, and {given!r} is none: give it another one")
+    if (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is a single cache or a run itself (it has a {MANIFEST}): give a folder of caches, as its parent "
+            f"{folder.parent} may be one"
+        )
 
 
 def _agreed(work: Scoring, ask: Callable[[], Answer]) -> Answer:

@@ -406,7 +406,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_forward_pass(
     forwards = Forwards(policy)
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match="lacks rows and cannot be written"):
-        HiddenCache(str(tmp_path / "file")).fill(policy, lambda: work)
+        HiddenCache(str(tmp_path / "file/below")).fill(policy, lambda: work)
     with pytest.MonkeyPatch.context() as patch:
         usage = namedtuple("usage", "total used free")
         patch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
@@ -564,6 +564,18 @@ def test_a_manifest_that_contradicts_is_an_error(cached, change, message):
 
 
 # ---- what it is for --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_none_or_one_cache_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for given in ("", str(tmp_path / "file")):
+        with pytest.raises(ValueError, match="keeps files in a folder, and .* is none"):
+            HiddenCache(given)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match="is a single cache or a run itself .*: give a folder of caches, as its parent"
+    ):
+        HiddenCache(str(tmp_path))
 
 
 @pytest.mark.parametrize("loss", [TDPO(), RSA(), RSA(risk_weight=0.1)], ids=str)
