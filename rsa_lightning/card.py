@@ -233,14 +233,18 @@ def _training(steps: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]
         trainer, model = settings[name].get("trainer") or {}, (settings[name].get("model") or {}).get("init_args") or {}
         pairs = (steps[name].get("inputs") or {}).get("pairs_per_batch", NOT_RECORDED)
         length = f"{trainer.get('max_epochs')} epochs, {trainer.get('max_steps')} steps (-1: no limit)"
-        schedule = _class(model["schedule"]) if model.get("schedule") else "constant rate"
         optimizer = _class(model["optimizer"]) if model.get("optimizer") else NOT_RECORDED
         pairs = f"{pairs} x {trainer.get('accumulate_grad_batches', 1)}"
         layout = [_class(trainer.get(key) or NOT_RECORDED) for key in ("precision", "strategy")]
-        rows.append([name, optimizer, schedule, pairs, length, *layout])
+        rows.append([name, optimizer, _schedule(model.get("schedule")), pairs, length, *layout])
     header = ("step", "optimizer", "schedule", "pairs per batch x accumulated", "at most", "precision", "strategy")
     told = f"Precision and strategy are the trainer's; {NOT_RECORDED}: left to its default."
     return f"{_table(header, rows)}\n\n{told}" if rows else f"Optimizer, precision and strategy: {NOT_RECORDED}."
+
+
+def _schedule(given: Mapping[str, Any] | None) -> str:
+    """Of the learning rate."""
+    return ", ".join(f"{key} {value}" for key, value in given.items()) if given else "constant rate"
 
 
 def _data(steps: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> str:

@@ -372,6 +372,10 @@ def test_the_card_says_how_it_was_trained_sampled_and_is_loaded(run, exported):
         *("constant rate", "4 x 1", "1 epochs, -1 steps (-1: no limit)"),
         *("not recorded", "auto"),
     ]
+    scheduled = {"safety": {"model": {"init_args": {"schedule": {"kind": "cosine", "warmup": 0.05}}}}}
+    manifest = json.loads((run / "manifest.json").read_text())
+    again = section(card.step_card("safety", manifest, None, settings=scheduled), "Training")
+    assert "| kind cosine, warmup 0.05 |" in again
     assert "Sampled with samples_per_prompt 2, max_new_tokens 8; others are the defaults" in text
     assert "How many answers were cut at max_new_tokens: the records do not say." in section(text, "Not measured")
     loading = section(text, "Loading")
