@@ -3,6 +3,7 @@
 A process by itself is the first of one. Others are started by torchrun or SLURM, never by us.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -62,6 +63,14 @@ def join(trainer: L.Trainer) -> None:
         world_size=trainer.world_size,
         device_id=device if device.type == "cuda" else None,
     )
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Ends the threads of gloo before the interpreter does: one that still runs then aborts the process."""
+    _waiting.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def first(call: Callable[[], T], failed: str = "the first process stopped") -> T:
