@@ -30,16 +30,8 @@ REWARD, QUICKSTART, SBATCH = (
     str(ROOT / f"configs/{name}") for name in ("reward.yaml", "quickstart.yaml", "slurm/align.sbatch")
 )
 RSA = [sys.executable, "-m", "rsa_lightning"]
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    "-m",
-    "rsa_lightning",
-]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [*LAUNCH, "-m", "rsa_lightning"]
 STEPS, PAIRS = 50, 8
 ROUNDING = 1e-6
 
@@ -168,6 +160,29 @@ def test_torchrun(world):
     [(status, _, text)] = ended(start([*TORCHRUN, *world.words(name, 2, "RSA")], world.folder))
     assert status == 0, text
     world.check(name, "RSA")
+
+
+LAST_WORDS = """
+import sys
+import torch.distributed as dist
+from rsa_lightning.parallel import processes
+dist.init_process_group("gloo")
+sys.setswitchinterval(5)  # gloo's thread gets the interpreter where ours waits, or at the end, and not in between
+processes.gathered(dist.get_rank())
+if sys.argv[1:] == ["all_reduce"]:
+    import torch
+    dist.all_reduce(torch.ones(1000))
+"""
+
+
+@pytest.mark.parametrize("last", ["gathered", "all_reduce"])
+def test_a_process_may_end_right_after_a_collective(tmp_path, last):
+    """Without leaving the group, every second run aborts: "terminate called without an active exception"."""
+    script = tmp_path / "last_words.py"
+    script.write_text(LAST_WORDS)
+    for _ in range(2):
+        [(status, _, text)] = ended(start([*LAUNCH, str(script), last], tmp_path))
+        assert status == 0, text
 
 
 def test_slurm(world):

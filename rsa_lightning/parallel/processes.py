@@ -63,11 +63,11 @@ def join(trainer: L.Trainer) -> None:
         world_size=trainer.world_size,
         device_id=device if device.type == "cuda" else None,
     )
-    atexit.register(_leave)
 
 
+@atexit.register  # whoever joined: we, or Lightning, which leaves groups of NCCL only
 def _leave() -> None:
-    """Ends the threads of gloo before the interpreter does: one that still runs then aborts the process."""
+    """Ends the threads of gloo: one that frees the tensor of a last collective when Python has ended aborts us."""
     _waiting.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
