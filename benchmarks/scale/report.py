@@ -118,8 +118,9 @@ SECTIONS = {
 }
 NOTES = {
     "Processes": (
-        "All take the same pairs in a step, and came to the same losses. `held`: weights of policy and reference and",
-        "states of the optimizer of one process; `peak`: most bytes of tensors that a step makes beside them.",
+        "All take the same pairs in a step, those with buckets others, and came to the same losses. `held`: weights of",
+        "policy and reference and states of the optimizer of one process; `peak`: most bytes of tensors that one step",
+        "makes beside them, of the same pairs too: between buckets and others that says nothing.",
         "",
     ),
     "Bytes sent": (
